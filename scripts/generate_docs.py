@@ -1,0 +1,108 @@
+"""Writes docs/cli.md, the reference of the command line, from the commands' own definitions.
+
+    .venv/bin/python scripts/generate_docs.py [--check]
+
+``--check`` writes nothing and exits with 1 when docs/cli.md is not what would be written. The text depends on the
+definitions only, not on the terminal: nothing in it is wrapped.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from canvasrt.cli import main as cli
+
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+COMMAND = ".venv/bin/python scripts/generate_docs.py"
+NAME = "canvasrt"
+
+
+def render() -> str:
+    """The whole page."""
+    group: Any = typer.main.get_command(cli.app)
+    context = group.context_class(group, info_name=NAME)
+    blocks = [
+        f"<!-- Written by `{COMMAND}`; do not edit. -->",
+        "# Command line",
+        _sentences(group.help),
+        *_usage(NAME, group, context),
+        "## Exit codes",
+        _table(("code", "meaning"), _exit_codes()),
+    ]
+    for name, command in group.commands.items():
+        inner = command.context_class(command, info_name=name, parent=context)
+        blocks += [f"## {NAME} {name}", _sentences(command.help), *_usage(f"{NAME} {name}", command, inner)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _usage(path: str, command: Any, context: Any) -> Iterator[str]:
+    # "text" and not "sh": this is a pattern, not a command to run
+    yield f"```text\n{' '.join([path, *command.collect_usage_pieces(context)])}\n```"
+    for kind in ("argument", "option"):
+        parameters = [each for each in command.get_params(context) if each.param_type_name == kind]
+        rows = [row for each in parameters if (row := _row(each, context))]
+        if rows:
+            yield _table((kind, "default", "meaning"), rows)
+
+
+def _row(parameter: Any, context: Any) -> tuple[str, str, str] | None:
+    """Name, default and meaning, in the words of --help; None for a hidden parameter."""
+    record = parameter.get_help_record(context)
+    if record is None:
+        return None
+    name, told = record
+    meaning = parameter.help or ""
+    # --help puts what it knows beside the meaning behind it, as [default: 24; x>=1]
+    facts = [fact for fact in told.removeprefix(meaning).strip(" []").split("; ") if fact]
+    default = [fact.removeprefix("default: ") for fact in facts if fact.startswith("default: ")]
+    required = [fact for fact in facts if fact == "required"]
+    rest = [fact for fact in facts if not fact.startswith("default: ") and fact != "required"]
+    shown = f"`{default[0]}`" if default else "".join(required)
+    return f"`{name}`", shown, " ".join([_sentences(meaning), *(f"({fact})" for fact in rest)])
+
+
+def _exit_codes() -> list[tuple[str, str]]:
+    """From the sentence "Exit codes: 0 done, ..." of main()'s docstring, which must name every EXIT_ constant."""
+    sentence = _sentences(inspect.getdoc(cli.main)).partition("Exit codes: ")[2].partition(".")[0]
+    codes = dict(part.split(" ", 1) for part in sentence.split(", ") if " " in part)
+    unnamed = [name for name, code in vars(cli).items() if name.startswith("EXIT_") and str(code) not in codes]
+    if not codes or unnamed:
+        sys.exit(
+            f"{cli.__file__}: the docstring of main() must hold a sentence such as "
+            f'"Exit codes: 0 done, 2 wrong input." with every code; missing: {", ".join(unnamed) or "the sentence"}'
+        )
+    return [(f"`{code}`", meaning) for code, meaning in codes.items()]
+
+
+def _sentences(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def main(arguments: list[str] | None = None, page: Path = PAGE) -> int:
+    parser = argparse.ArgumentParser(description="Write docs/cli.md from the definitions of the commands.")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    check = parser.parse_args(arguments).check
+    text = render()
+    current = page.read_text(encoding="utf-8") if page.exists() else None
+    if current == text:
+        return 0
+    if check:
+        state = "is missing" if current is None else "does not match the commands"
+        print(f"docs/{page.name} {state}. Write it: {COMMAND}", file=sys.stderr)
+        return 1
+    page.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""``canvasrt bench``: speed of this runtime, and against transformers on the same prompts in the same run."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.cli.common import (
+    CheckpointPath,
+    Device,
+    Dtype,
+    Json,
+    context_for,
+    errors,
+    open_runner,
+    params_for,
+    working,
+)
+from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestParams
+from canvasrt.diffusion.request import RequestState
+from canvasrt.errors import InputError
+from canvasrt.runtime.measure import Tally, measure
+from canvasrt.serve.tokenizer import TextCodec
+
+Ints = NDArray[np.int32]
+
+PROMPTS = "prompts.jsonl"  # beside a checkpoint: prompts that suit it
+ROWS = {
+    "tokens_per_second": "tokens/s",
+    "steps_per_canvas": "steps per canvas",
+    "tokens_per_forward": "tokens per forward",
+    "ms_per_step": "ms per step",
+    "time_to_first_canvas_ms": "time to first canvas, ms",
+}
+
+
+def bench(
+    checkpoint: CheckpointPath,
+    against: Annotated[
+        str | None, typer.Option(help="transformers: run it too, on the same prompts, in turns.")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests that run together; several as 1,8.")] = "1",
+    requests: Annotated[int, typer.Option(min=1, help="Requests per concurrency, rounded up to whole groups.")] = 24,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='Lines of {"prompt": TEXT}; by default prompts.jsonl of the checkpoint, else random token ids.'
+        ),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens per request.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first request.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Measure tokens/s, steps per canvas, tokens per forward, ms per step and time to first canvas."""
+    if against not in (None, "transformers"):
+        raise InputError(f"--against knows transformers only, not {against!r}")
+    if against and device != "cpu":
+        raise InputError("--against transformers runs on the CPU: leave --device at cpu")
+    levels = _levels(concurrency)
+    source = Checkpoint.open(checkpoint)
+    config = GenerationConfig.load(source.folder)
+    texts = _prompts(source, prompts)
+    options = RequestOptions.parse(seed=seed, max_tokens=max_tokens)
+    params = [params_for(source, config, options, tokens, source.spec.max_context) for tokens in texts]
+    if against and len({each.max_tokens for each in params}) > 1:
+        raise InputError(
+            "transformers takes one max_tokens for a whole batch: set --max-tokens to what every prompt allows"
+        )
+    runner = open_runner(source, device, dtype, max(levels), None, context_for(texts, params))
+    reference: Any = None
+    if against:
+        with working("loading transformers"):
+            from canvasrt.reference.model import ReferenceModel
+
+            reference = ReferenceModel.load(source, _torch_dtype(dtype))
+    runs = []
+    with Progress(console=errors, transient=True) as progress:
+        for level in levels:
+            groups = list(_groups(texts, params, level, requests))
+            task = progress.add_task(f"{level} at once", total=len(groups))
+            runs.append(_run(runner, reference, groups, level, lambda: progress.advance(task)))  # noqa: B023
+    report: dict[str, Any] = {"checkpoint": str(checkpoint), "device": device, "dtype": dtype, "runs": runs}
+    if against:
+        # The least of the runs: with one concurrency, simply its ratio.
+        report["ratio"] = min(run["ratio"] for run in runs)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(runs)
+
+
+def _run(runner: Any, reference: Any, groups: Sequence[Any], level: int, advance: Any) -> dict[str, Any]:
+    """One concurrency: both sides take turns group by group, so that a noisy machine is noisy for both."""
+    ours, theirs = Tally(), Tally()
+    for index, (prompts, params) in enumerate([groups[0], *groups]):
+        warming = index == 0
+        states = {
+            i: RequestState.new(each, tokens) for i, (tokens, each) in enumerate(zip(prompts, params, strict=True))
+        }
+        measure(runner, states, Tally() if warming else ours)
+        if reference is not None:
+            from canvasrt.reference.measure import measure_reference
+
+            measure_reference(reference, prompts, params[0], Tally() if warming else theirs)
+        if not warming:
+            advance()
+    run: dict[str, Any] = {"concurrency": level, "canvasrt": ours.figures()}
+    if reference is not None:
+        run["transformers"] = theirs.figures()
+        run["ratio"] = run["canvasrt"]["tokens_per_second"] / run["transformers"]["tokens_per_second"]
+    return run
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        levels = [int(part) for part in text.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or min(levels) < 1:
+        raise InputError(f"--concurrency wants whole numbers such as 8 or 1,8, not {text!r}")
+    return levels
+
+
+def _prompts(source: Checkpoint, file: Path | None) -> list[Ints]:
+    path = file or source.folder / PROMPTS
+    if file is None and not path.is_file():
+        rng = np.random.default_rng(0)
+        room = source.spec.max_context - 256 - source.spec.canvas_length
+        lengths = rng.integers(1, max(2, min(512, room)), 64)
+        return [rng.integers(0, source.spec.vocab_size, length).astype(np.int32) for length in lengths]
+    codec = TextCodec.load(source.folder)
+    try:
+        lines = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path} must hold lines of {{"prompt": TEXT}}: {error!r}') from error
+    if not lines:
+        raise InputError(f"{path} holds no prompts")
+    return [codec.encode_chat([{"role": "user", "content": line}]) for line in lines]
+
+
+def _groups(
+    texts: Sequence[Ints], params: Sequence[RequestParams], level: int, requests: int
+) -> Iterator[tuple[list[Ints], list[RequestParams]]]:
+    for group in range(-(-requests // level)):
+        chosen = [(group * level + index) % len(texts) for index in range(level)]
+        yield [texts[index] for index in chosen], [params[index] for index in chosen]
+
+
+def _torch_dtype(name: str) -> Any:
+    from canvasrt.runtime.torch_runner import DTYPES
+
+    return DTYPES[name]
+
+
+def _print(runs: Sequence[dict[str, Any]]) -> None:
+    for run in runs:
+        compared = "transformers" in run
+        columns = ["canvasrt", "transformers"] if compared else ["canvasrt"]
+        title = f"{run['concurrency']} request{'s' if run['concurrency'] > 1 else ''} at once"
+        table = Table(title, *columns)
+        for key, name in ROWS.items():
+            table.add_row(name, *(f"{run[column][key]:.1f}" for column in columns))
+        Console().print(table)
+        if compared:
+            typer.echo(f"canvasrt / transformers in tokens/s: {run['ratio']:.2f}")

@@ -1,0 +1,67 @@
+"""What the commands share: argument types, opening a checkpoint with a sign of life, request states from prompts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestParams, resolve
+from canvasrt.errors import CapacityError
+from canvasrt.runtime.torch_runner import TorchRunner
+
+CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a DiffusionGemma checkpoint.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+errors = Console(stderr=True)
+
+
+@contextmanager
+def working(message: str) -> Iterator[None]:
+    """Shows that something takes a while, on a terminal only."""
+    with errors.status(message):
+        yield
+
+
+def open_runner(
+    checkpoint: Checkpoint, device: str, dtype: str, slots: int, context: int | None, needed: int
+) -> TorchRunner:
+    """A runner with ``context`` tokens a slot; by default just what the requests need.
+
+    Raises CapacityError when ``needed`` tokens exceed the context that was asked for or the model's.
+    """
+    canvas, most = checkpoint.spec.canvas_length, checkpoint.spec.max_context
+    if context is not None and needed > context:
+        raise CapacityError(f"these requests need a context of {needed} tokens and --context is {context}")
+    wanted = context or min(max(needed, 2 * canvas), most)
+    with working(f"loading {checkpoint.folder}"):
+        return TorchRunner(checkpoint, device, dtype, slots=slots, context=wanted)
+
+
+def params_for(
+    checkpoint: Checkpoint, config: GenerationConfig, options: RequestOptions, prompt: NDArray[np.int32], context: int
+) -> RequestParams:
+    return resolve(
+        config,
+        options,
+        eos_token_ids=checkpoint.spec.eos_token_ids,
+        canvas=checkpoint.spec.canvas_length,
+        vocabulary=checkpoint.spec.vocab_size,
+        prompt_tokens=len(prompt),
+        context=context,
+    )
+
+
+def context_for(prompts: Sequence[NDArray[np.int32]], params: Sequence[RequestParams]) -> int:
+    """Context tokens that the longest of these requests takes: a cut canvas takes its whole length too."""
+    return max(
+        len(prompt) + -(-each.max_tokens // each.canvas) * each.canvas
+        for prompt, each in zip(prompts, params, strict=True)
+    )

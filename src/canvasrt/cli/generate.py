@@ -1,0 +1,143 @@
+"""``canvasrt generate``: answers one or more prompts in this process, in one batch."""
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.cli.common import CheckpointPath, Device, Dtype, Json, context_for, open_runner, params_for
+from canvasrt.cli.live import LiveView
+from canvasrt.diffusion.params import GenerationConfig, RequestOptions
+from canvasrt.diffusion.request import RequestState
+from canvasrt.errors import InputError
+from canvasrt.runtime.generate import run_requests
+from canvasrt.serve.tokenizer import TextCodec, cut_at_stop
+
+
+def generate(
+    checkpoint: CheckpointPath,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="The user's message; repeat it for a batch; - reads stdin."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same text. Drawn at random and printed by default.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; cuts inside a canvas.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Most denoising steps per canvas.")] = None,
+    t_min: Annotated[float | None, typer.Option(help="Temperature at the last step.")] = None,
+    t_max: Annotated[float | None, typer.Option(help="Temperature at the first step.")] = None,
+    entropy_bound: Annotated[
+        float | None, typer.Option(help="Entropy in nats up to which a step accepts tokens.")
+    ] = None,
+    stability_threshold: Annotated[
+        int | None, typer.Option(help="Earlier steps whose draft must equal this one's before a canvas stops.")
+    ] = None,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(help="Mean entropy in nats below which a canvas may stop.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="End the answer at this token; repeatable.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Context tokens to reserve; what the request needs by default.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    live: Annotated[bool, typer.Option("--live", help="Show the canvas while it is denoised.")] = False,
+    delay: Annotated[float, typer.Option(min=0, max=10, help="Seconds to show each step for with --live.")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with a checkpoint, on this machine and in this process."""
+    options = RequestOptions.parse(
+        seed=seed, max_tokens=max_tokens, max_denoising_steps=steps, t_min=t_min, t_max=t_max,
+        entropy_bound=entropy_bound, stability_threshold=stability_threshold,
+        confidence_threshold=confidence_threshold, top_k=top_k, top_p=top_p, stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+    )  # fmt: skip
+    if live and as_json:
+        raise InputError("--live draws on the terminal and --json writes for programs: choose one")
+    source = Checkpoint.open(checkpoint)
+    config, codec = GenerationConfig.load(source.folder), TextCodec.load(source.folder)
+    prompts = [_tokens(codec, text, system, raw) for text in _texts(prompt)]
+    room = source.spec.max_context if context is None else context
+    params = [params_for(source, config, options, tokens, room) for tokens in prompts]
+    runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params))
+    requests = {
+        index: RequestState.new(each, tokens) for index, (each, tokens) in enumerate(zip(params, prompts, strict=True))
+    }
+    texts: dict[int, str] = {}
+
+    def stops(index: int, state: RequestState) -> bool:
+        cut = cut_at_stop(codec.decode(state.output), state.params.stop)
+        if cut is not None:
+            texts[index] = cut
+        return cut is not None
+
+    view = LiveView(codec, len(prompts), delay) if live else None
+    ends: dict[int, tuple[RequestState, float]] = {}
+    started = time.perf_counter()
+    for event in run_requests(runner, requests, stops if options.stop else None):
+        if event.kind == "end":
+            shown = view.seconds if view else 0.0
+            ends[event.request] = (event.state, time.perf_counter() - started - shown)
+        if view:
+            view.update(event)
+    if view:
+        view.close()
+    for index in requests:
+        state, seconds = ends[index]
+        answer = _answer(texts.get(index, codec.decode(state.output)), state, len(prompts[index]), seconds)
+        _print(answer, as_json, live)
+
+
+def _texts(prompts: list[str] | None) -> list[str]:
+    if not prompts:
+        raise InputError("no prompt: give --prompt TEXT, or --prompt - to read standard input")
+    return [sys.stdin.read() if text == "-" else text for text in prompts]
+
+
+def _tokens(codec: TextCodec, text: str, system: str | None, raw: bool) -> NDArray[np.int32]:
+    if not text.strip():
+        raise InputError("the prompt is empty: give some text")
+    if raw:
+        return codec.encode(text)
+    messages = [{"role": "system", "content": system}] if system else []
+    return codec.encode_chat([*messages, {"role": "user", "content": text}])
+
+
+def _answer(text: str, state: RequestState, prompt_tokens: int, seconds: float) -> dict[str, object]:
+    return {
+        "text": text,
+        "finish_reason": state.finish_reason,
+        "seed": state.params.seed,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": len(state.output),
+        "canvases": state.canvas.index + 1,
+        "denoising_steps": state.passes,
+        "tokens_per_forward": round(state.generated / state.passes, 2),
+        "tokens_per_second": round(state.generated / seconds, 1),
+        "seconds": round(seconds, 4),
+    }
+
+
+def _print(answer: dict[str, object], as_json: bool, live: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    if not live:
+        typer.echo(answer["text"])
+    typer.echo(
+        f"[{answer['finish_reason']}] {answer['output_tokens']} tokens, {answer['canvases']} canvases, "
+        f"{answer['denoising_steps']} steps, {answer['tokens_per_forward']} tokens per forward, "
+        f"{answer['tokens_per_second']} tokens/s, seed {answer['seed']}",
+        err=True,
+    )

@@ -1,0 +1,61 @@
+"""Entry point: collects the commands and turns our errors into one line and an exit code."""
+
+import sys
+
+import typer
+
+from canvasrt import __version__
+from canvasrt.cli import bench, generate, verify
+from canvasrt.errors import CanvasRTError, CapacityError
+
+EXIT_INPUT = 2
+EXIT_CAPACITY = 3
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="canvasrt",
+    help="Runs DiffusionGemma: text that emerges from noise, canvas by canvas.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"canvasrt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    pass
+
+
+app.command("generate")(generate.generate)
+app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 a limit was reached, 130 interrupted.
+    """
+    try:
+        app()
+    except CanvasRTError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_CAPACITY if isinstance(error, CapacityError) else EXIT_INPUT)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""DiffusionGemma, written once over canvasrt.ops.protocol: attention, moe, layer, sampler, text."""

@@ -1,0 +1,86 @@
+"""Router and the formulations of the expert layer: ``dense``, ``capacity`` and ``sparse`` give the same result.
+
+Reference: transformers ``DiffusionGemmaTextRouter`` and ``DiffusionGemmaTextExperts``.
+
+``dense``     every expert on every token as two large products, unselected experts multiplied by 0: weights are read
+once.
+``capacity``  tokens gathered into (experts, C) places: C / tokens of dense's work. Exact unless an expert gets more
+than C
+              tokens; the second result counts those, and the caller repeats the call with ``dense`` when it is not 0.
+``sparse``    only the chosen experts, grouped by the lowering at run time.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, Literal
+
+from canvasrt.network.names import decoder_layer
+from canvasrt.ops.protocol import Ops, T
+from canvasrt.spec import ModelSpec
+
+Formulation = Literal["dense", "capacity", "sparse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing(Generic[T]):
+    experts: T  # (tokens, k) integer
+    weights: T  # (tokens, k) float32, renormalised over the k and times per_expert_scale
+
+
+def route(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> Routing[T]:
+    """``normed`` (tokens, hidden) is the raw residual after a norm without weight, in float32."""
+    prefix = decoder_layer(layer) + "router."
+    scaled = ops.multiply(ops.multiply(normed, ops.weight(prefix + "scale", "float32")), spec.hidden_size**-0.5)
+    scores = ops.linear(ops.cast(scaled, "model"), prefix + "proj.weight")
+    chosen, experts = ops.top_k(ops.softmax(ops.cast(scores, "float32")), spec.experts_per_token)
+    chosen = ops.divide(chosen, ops.sum(chosen, axis=-1))
+    flat = ops.reshape(experts, (-1,))
+    scale = ops.reshape(
+        ops.take_rows(ops.weight(prefix + "per_expert_scale", "float32"), flat), (-1, spec.experts_per_token)
+    )
+    return Routing(experts, ops.multiply(chosen, scale))
+
+
+def expert_layer(
+    ops: Ops[T], spec: ModelSpec, layer: int, x: T, routing: Routing[T], formulation: Formulation, capacity: int
+) -> tuple[T, T | None]:
+    """x (tokens, hidden) through the chosen experts: (result (tokens, hidden), tokens over capacity (1, 1) or None)."""
+    prefix = decoder_layer(layer) + "experts."
+    gate_up, down = prefix + "gate_up_proj", prefix + "down_proj"
+    if formulation == "sparse":
+        return ops.experts_routed(x, routing.experts, ops.cast(routing.weights, "model"), gate_up, down), None
+    if formulation == "dense":
+        return _dense(ops, spec, x, routing, gate_up, down), None
+    if capacity < 1:
+        raise ValueError("the capacity formulation needs a capacity of at least one token per expert")
+    return _capacity(ops, spec, x, routing, gate_up, down, capacity)
+
+
+def _dense(ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str) -> T:
+    chosen = ops.one_hot(routing.experts, spec.experts)  # (tokens, k, experts)
+    weights = ops.sum(ops.multiply(chosen, ops.reshape(routing.weights, (0, spec.experts_per_token, 1))), axis=1)
+    hidden = ops.reshape(ops.experts_merged(x, gate_up), (-1, spec.experts, 2 * spec.expert_size))
+    hidden = ops.gated_gelu(hidden)
+    hidden = ops.multiply(hidden, ops.reshape(ops.cast(weights, "model"), (-1, spec.experts, 1)))
+    return ops.experts_summed(ops.reshape(hidden, (0, -1)), down)
+
+
+def _capacity(
+    ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str, capacity: int
+) -> tuple[T, T]:
+    chosen = ops.one_hot(routing.experts, spec.experts)  # (tokens, k, experts)
+    selected = ops.reshape(ops.sum(chosen, axis=1), (0, spec.experts))
+    # The token's place in each expert's queue, in token order; -1 where the expert was not chosen.
+    place = ops.subtract(ops.multiply(ops.cumulative_sum(selected, axis=0), selected), 1.0)  # (tokens, experts)
+    over = ops.subtract(ops.max(ops.max(place, axis=0), axis=1), float(capacity - 1))
+    seats = ops.one_hot(ops.to_int(place), capacity)  # (tokens, experts, capacity); all 0 for -1 and beyond capacity
+    numbers = ops.reshape(ops.row_numbers(selected), (-1, 1, 1))
+    token_of_seat = ops.reshape(ops.sum(ops.multiply(seats, numbers), axis=0), (spec.experts * capacity,))
+    gathered = ops.take_rows(x, ops.to_int(token_of_seat))  # an empty seat computes token 0, which nobody reads
+    gathered = ops.reshape(gathered, (spec.experts, capacity, spec.hidden_size))
+    out = ops.experts_batched(ops.gated_gelu(ops.experts_batched(gathered, gate_up)), down)
+    seat = ops.minimum(ops.take_along_last(place, routing.experts), float(capacity - 1))
+    flat = ops.add(ops.multiply(ops.to_float(routing.experts), float(capacity)), seat)
+    rows = ops.take_rows(ops.reshape(out, (-1, spec.hidden_size)), ops.to_int(ops.reshape(flat, (-1,))))
+    rows = ops.reshape(rows, (-1, spec.experts_per_token, spec.hidden_size))
+    weights = ops.reshape(ops.cast(routing.weights, "model"), (0, spec.experts_per_token, 1))
+    return ops.reshape(ops.sum(ops.multiply(rows, weights), axis=1), (-1, spec.hidden_size)), over

@@ -1,0 +1,94 @@
+"""The text network in one form: encoder and decoder are the same layers, told apart by inputs.
+
+Encoder tokens (prompt, finished canvases) and canvas tokens differ in the layer scalar, in the input embedding (only a
+canvas token passes through self-conditioning), in the masks and in what the cache shows them; see docs/architecture.md.
+Reference: transformers ``modeling_diffusion_gemma.py`` (DiffusionGemmaEncoderTextModel, DiffusionGemmaDecoderModel).
+"""
+
+from dataclasses import dataclass
+from typing import Generic, Literal
+
+from canvasrt.network.attention import Rotary
+from canvasrt.network.layer import MoeChoice, context_tail, norm, transformer_layer
+from canvasrt.network.names import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, decoder_layer, encoder_scalar
+from canvasrt.network.sampler import Filters, Prediction, predict
+from canvasrt.ops.protocol import Cache, LayerKind, Ops, T
+from canvasrt.spec import ModelSpec
+
+# What the tokens of a call are. "mixed" reads it per token; the others leave out what such tokens do not need.
+Phase = Literal["encoder", "decoder", "mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas(Generic[T]):
+    """What canvas tokens bring beside their ids. A row is one token that goes through head and sampler."""
+
+    soft_embeddings: T  # (rows, tokens, hidden): zero at a canvas's first step and for encoder tokens
+    temperature: T  # (head rows, 1) float32
+    uniforms: T  # (head rows, 1) float32 in [0, 1)
+    filters: Filters[T] | None
+    head_rows: T | None  # (head rows,) indices into rows * tokens; None: all of them
+
+
+@dataclass(frozen=True, slots=True)
+class TextInputs(Generic[T]):
+    """One call: ``rows`` sequences of ``tokens`` tokens each, padded where the rows differ in length."""
+
+    tokens: T  # (rows, tokens) integer
+    rotary: dict[LayerKind, Rotary[T]]
+    masks: dict[LayerKind, T | None]
+    cache: Cache[T]
+    canvas: Canvas[T] | None  # None exactly when the phase is "encoder"
+    is_canvas: T | None = None  # (rows, tokens, 1) boolean, only for "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class TextOutputs(Generic[T]):
+    prediction: Prediction[T] | None  # None when the phase is "encoder": all it leaves is K and V
+    over_capacity: T | None  # (1, 1) float32, > 0: repeat the call with the dense formulation
+
+
+def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase, moe: MoeChoice) -> TextOutputs[T]:
+    """Runs or describes one call, depending on the lowering."""
+    x = _embed(ops, spec, inputs, phase)
+    over: T | None = None
+    for layer in spec.layers:
+        rotary = inputs.rotary[layer.kind]
+        if phase == "encoder" and layer is spec.layers[-1]:
+            context_tail(ops, spec, layer, x, rotary, inputs.cache)
+            break
+        scalar = _scalar(ops, layer.index, inputs, phase)
+        x, more = transformer_layer(ops, spec, layer, x, rotary, inputs.masks[layer.kind], inputs.cache, scalar, moe)
+        if more is not None:
+            over = more if over is None else ops.maximum(over, more)
+    if inputs.canvas is None:
+        return TextOutputs(None, over)
+    rows = ops.reshape(x, (-1, spec.hidden_size))
+    if inputs.canvas.head_rows is not None:
+        rows = ops.take_rows(rows, inputs.canvas.head_rows)
+    hidden = norm(ops, spec, rows, FINAL_NORM)
+    canvas = inputs.canvas
+    return TextOutputs(predict(ops, spec, hidden, canvas.temperature, canvas.uniforms, canvas.filters), over)
+
+
+def _embed(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase) -> T:
+    x = ops.multiply(ops.embedding(inputs.tokens, EMBEDDING), ops.rounded(spec.hidden_size**0.5))
+    if inputs.canvas is None:
+        return x
+    signal = norm(ops, spec, inputs.canvas.soft_embeddings, SELF_CONDITIONING + "pre_norm.weight")
+    gates = ops.linear(signal, SELF_CONDITIONING + "gate_proj.weight", SELF_CONDITIONING + "up_proj.weight")
+    signal = ops.linear(ops.gated_gelu(gates), SELF_CONDITIONING + "down_proj.weight")
+    # The norm without weight applies at the first step too, where the signal is zero.
+    conditioned = ops.cast(ops.rms(ops.add(x, signal), spec.rms_norm_eps), "model")
+    return conditioned if inputs.is_canvas is None else ops.where(inputs.is_canvas, conditioned, x)
+
+
+def _scalar(ops: Ops[T], layer: int, inputs: TextInputs[T], phase: Phase) -> T:
+    own, other = encoder_scalar(layer), decoder_layer(layer) + "layer_scalar"
+    if phase == "encoder":
+        return ops.weight(own)
+    if phase == "decoder":
+        return ops.weight(other)
+    if inputs.is_canvas is None:
+        raise ValueError("a mixed call needs is_canvas")
+    return ops.where(inputs.is_canvas, ops.weight(other), ops.weight(own))

@@ -1,0 +1,177 @@
+"""About thirty primitives that the network is written in; every lowering implements the same ones.
+
+A lowering is an object over some tensor type ``T``: torch tensors computed at once, or handles of a graph that a
+compiler will see. Two rules keep a network lowerable to both: no Python control flow on tensor values, and no Python
+integer read from a dimension that varies between calls (reshape passes such a dimension on with 0).
+
+Knows nothing of the model's structure, of devices or of where weights come from.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeVar
+
+T = TypeVar("T")
+
+Number = float | int
+Precision = Literal["float32", "model"]  # "model" is the dtype that the lowering computes the network in
+LayerKind = Literal["sliding", "full"]
+
+
+class Ops(Protocol[T]):
+    """Primitives over tensors of type ``T``.
+
+    Shapes are given in each docstring; ``...`` is any number of leading axes.
+    """
+
+    # Weights, by checkpoint name. The lowering owns their format: a quantized matrix is the lowering's affair.
+
+    def weight(self, name: str, precision: Precision = "model") -> T:
+        """A small tensor (norm weight, scale, layer scalar) as it is stored."""
+        ...
+
+    def linear(self, x: T, *names: str) -> T:
+        """x (..., in) times the transposed matrices (out_i, in), side by side: (..., sum of out_i)."""
+        ...
+
+    def linear_transposed(self, x: T, name: str) -> T:
+        """x (..., out) times one matrix (out, in): (..., in). The way back through a tied embedding."""
+        ...
+
+    def embedding(self, tokens: T, name: str) -> T:
+        """Rows of the matrix (vocabulary, hidden) for integer tokens (...): (..., hidden)."""
+        ...
+
+    def experts_merged(self, x: T, name: str) -> T:
+        """x (rows, in) through every expert's matrix (experts, out, in): (rows, experts * out)."""
+        ...
+
+    def experts_summed(self, x: T, name: str) -> T:
+        """x (rows, experts * in) through the matrices (experts, out, in), summed over experts: (rows, out)."""
+        ...
+
+    def experts_batched(self, x: T, name: str) -> T:
+        """x (experts, capacity, in), each expert its own matrix (experts, out, in): (experts, capacity, out)."""
+        ...
+
+    def experts_routed(self, x: T, experts: T, route: T, gate_up: str, down: str) -> T:
+        """The whole gated expert layer, only for the chosen experts: x (rows, in), experts and route (rows, k).
+
+        Lowerings without dynamic grouping refuse it (InputError); their profiles name another formulation.
+        """
+        ...
+
+    # Arithmetic, broadcasting like NumPy.
+
+    def rounded(self, value: float) -> float:
+        """``value`` as the model's precision stores it: the reference keeps some constants in the weights' dtype."""
+        ...
+
+    def add(self, a: T, b: T | Number) -> T: ...
+    def subtract(self, a: T, b: T | Number) -> T: ...
+    def multiply(self, a: T, b: T | Number) -> T: ...
+    def divide(self, a: T, b: T | Number) -> T: ...
+    def maximum(self, a: T, b: T | Number) -> T: ...
+    def minimum(self, a: T, b: T | Number) -> T: ...
+    def less_equal(self, a: T, b: T | Number) -> T:
+        """Boolean tensor."""
+        ...
+
+    def where(self, condition: T, a: T, b: T | Number) -> T: ...
+    def exp(self, x: T) -> T: ...
+    def log(self, x: T) -> T: ...
+    def tanh(self, x: T) -> T: ...
+    def gated_gelu(self, x: T) -> T:
+        """x (..., 2n) as gate and up halves: gelu_tanh(gate) * up, (..., n)."""
+        ...
+
+    def rms(self, x: T, eps: float) -> T:
+        """x / sqrt(mean(x^2) + eps) over the last axis, computed and returned in float32."""
+        ...
+
+    def cast(self, x: T, precision: Precision) -> T: ...
+    def to_float(self, x: T) -> T:
+        """Booleans or integers as float32."""
+        ...
+
+    def to_int(self, x: T) -> T:
+        """Whole float32 numbers as the lowering's index type."""
+        ...
+
+    # Reductions and selection.
+
+    def sum(self, x: T, axis: int) -> T:
+        """Keeps the axis with length 1."""
+        ...
+
+    def max(self, x: T, axis: int) -> T:
+        """Keeps the axis with length 1."""
+        ...
+
+    def softmax(self, x: T) -> T:
+        """Over the last axis."""
+        ...
+
+    def argmax(self, x: T) -> T:
+        """Index of the first largest value of the last axis, that axis removed."""
+        ...
+
+    def top_k(self, x: T, k: int) -> tuple[T, T]:
+        """(values, indices) of the k largest of the last axis, largest first."""
+        ...
+
+    def cumulative_sum(self, x: T, axis: int) -> T: ...
+    def one_hot(self, indices: T, depth: int) -> T:
+        """(...) to (..., depth) in float32; an index outside 0..depth-1 gives zeros."""
+        ...
+
+    def row_numbers(self, x: T) -> T:
+        """0, 1, 2, ... for the rows of x (rows, ...): (rows,) in float32."""
+        ...
+
+    def take_rows(self, x: T, indices: T) -> T:
+        """x (rows, ...) at integer indices (n,): (n, ...)."""
+        ...
+
+    def take_along_last(self, x: T, indices: T) -> T:
+        """x (..., n) at indices (..., m): (..., m)."""
+        ...
+
+    # Layout.
+
+    def reshape(self, x: T, shape: Sequence[int]) -> T:
+        """-1 is inferred, 0 keeps the input's length of that axis."""
+        ...
+
+    def reshape_like(self, x: T, like: T) -> T:
+        """The same elements in the shape of ``like``."""
+        ...
+
+    def split(self, x: T, sizes: Sequence[int], axis: int) -> tuple[T, ...]: ...
+    def pad_last(self, x: T, count: int) -> T:
+        """Zeros behind the last axis."""
+        ...
+
+    # Attention.
+
+    def rotate(self, x: T, cos: T, signed_sin: T) -> T:
+        """Rotary embedding of x (..., heads, dim): x * cos + roll(x, dim / 2) * signed_sin, both (..., 1, dim)."""
+        ...
+
+    def attention(self, q: T, keys: T, values: T, mask: T | None) -> T:
+        """softmax(q k^T + mask) v with scale 1 and grouped query heads.
+
+        q (rows, tokens, heads, dim); keys and values as the cache returned them; mask (rows, 1, tokens or 1, keys),
+        added; None when every key is visible. Result (rows, tokens, heads * dim).
+        """
+        ...
+
+
+class Cache(Protocol[T]):
+    """The K and V memory of one call: which rows, written where, and how much of it is visible."""
+
+    def append(self, layer: int, k: T, v: T) -> tuple[T, T]:
+        """Writes k, v (rows, tokens, kv_heads, dim) behind each row's context.
+
+        Returns the keys and values to attend to.
+        """
+        ...

@@ -1,0 +1,62 @@
+"""Checkpoint tensors as torch tensors on one device, loaded when first asked for and kept in the form that the
+lowering uses.
+
+Knows nothing of the network: a fused matrix is whatever group of names the network asks for.
+"""
+
+import numpy as np
+import torch
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.errors import CheckpointError
+
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TorchWeights:
+    """Every matrix exists once: single, fused and permuted forms of the same tensor are never kept side by side.
+
+    Raises CheckpointError when a tensor holds NaN or infinity, naming it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._checkpoint = checkpoint
+        self._kept: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def small(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A vector or scalar, in either precision."""
+        key = (name, str(dtype))
+        if key not in self._kept:
+            self._kept[key] = self._load(name, dtype)
+        return self._kept[key]
+
+    def fused(self, names: tuple[str, ...]) -> torch.Tensor:
+        """The matrices (out_i, in) of ``names`` below each other: (sum of out_i, in)."""
+        if names not in self._kept:
+            parts = [self._load(name, self.dtype) for name in names]
+            self._kept[names] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._kept[names]
+
+    def summed_experts(self, name: str) -> torch.Tensor:
+        """(experts, out, in) as one matrix (out, experts * in), whose product sums over the experts."""
+        key = (name, "summed")
+        if key not in self._kept:
+            experts = self._load(name, self.dtype)
+            self._kept[key] = experts.permute(1, 0, 2).reshape(experts.shape[1], -1).contiguous()
+        return self._kept[key]
+
+    def _load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        info = self._checkpoint.info(name)
+        stored = np.ascontiguousarray(self._checkpoint.array(name))
+        # torch has no read-only tensors and warns about read-only memory; .to() below copies unless dtype and device
+        # agree.
+        tensor = torch.frombuffer(bytearray(stored.tobytes()), dtype=_STORED[info.dtype]).reshape(info.shape)
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{name} in {info.file} holds {bad} values that are NaN or infinite: the file is damaged or training "
+                "diverged. Download or export the checkpoint again."
+            )
+        return tensor.to(self.device, dtype)

@@ -1,0 +1,4 @@
+"""Comparison with the reference implementation, transformers' ``DiffusionGemmaForBlockDiffusion``.
+
+The oracle of this project.
+"""

@@ -1,0 +1,71 @@
+"""Checks of rows that every runner makes before it touches its state, so that one bad row harms nobody."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from canvasrt.errors import CapacityError, InputError
+from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, RunnerLimits
+
+
+def check_encode(limits: RunnerLimits, lengths: Sequence[int], rows: Sequence[EncodeRow]) -> None:
+    """Raises InputError for a malformed row, CapacityError for one that does not fit.
+
+    ``lengths``: tokens held per slot.
+    """
+    _check_slots(limits, [row.slot for row in rows])
+    for row in rows:
+        if row.tokens.ndim != 1 or len(row.tokens) == 0:
+            raise InputError(f"slot {row.slot}: a row to encode needs at least one token (shape {row.tokens.shape})")
+        _check_tokens(limits, row.slot, row.tokens)
+        if not 0 <= row.position <= lengths[row.slot]:
+            raise InputError(
+                f"slot {row.slot} holds {lengths[row.slot]} tokens; the next can't be at position {row.position}"
+            )
+        end = row.position + len(row.tokens)
+        if end > limits.context:
+            raise CapacityError(
+                f"slot {row.slot}: {end} tokens exceed the context of {limits.context}. Send a shorter prompt or open "
+                f"the runner with a context of at least {end}."
+            )
+
+
+def check_denoise(limits: RunnerLimits, lengths: Sequence[int], rows: Sequence[DenoiseRow]) -> None:
+    """Raises InputError for a malformed row, CapacityError when the canvas does not fit behind the context."""
+    _check_slots(limits, [row.slot for row in rows])
+    shape = (limits.canvas,)
+    for row in rows:
+        held = lengths[row.slot]
+        if held == 0:
+            raise InputError(f"slot {row.slot} is empty: encode a prompt of at least one token before denoising")
+        if row.canvas.shape != shape or row.uniforms.shape != shape:
+            raise InputError(
+                f"slot {row.slot}: canvas {row.canvas.shape} and uniforms {row.uniforms.shape} must both be {shape}"
+            )
+        _check_tokens(limits, row.slot, row.canvas)
+        if not (row.uniforms.min() >= 0 and row.uniforms.max() < 1):
+            raise InputError(f"slot {row.slot}: uniforms must lie in [0, 1)")
+        if not (np.isfinite(row.temperature) and row.temperature > 0):
+            raise InputError(f"slot {row.slot}: the temperature must be a positive number, not {row.temperature}")
+        if row.top_k < 0 or not 0 < row.top_p <= 1:
+            raise InputError(f"slot {row.slot}: top_k >= 0 and 0 < top_p <= 1 expected, not {row.top_k}, {row.top_p}")
+        if held + limits.canvas > limits.context:
+            raise CapacityError(
+                f"slot {row.slot}: {held} context tokens and a canvas of {limits.canvas} exceed the context of "
+                f"{limits.context}. Ask for fewer tokens or open the runner with a larger context."
+            )
+
+
+def _check_slots(limits: RunnerLimits, slots: list[int]) -> None:
+    for slot in slots:
+        if not 0 <= slot < limits.slots:
+            raise InputError(f"slot {slot} does not exist: this runner has {limits.slots} slots, counted from 0")
+    if len(set(slots)) != len(slots):
+        raise InputError(f"a slot appears twice in one call: {sorted(slots)}")
+
+
+def _check_tokens(limits: RunnerLimits, slot: int, tokens: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= limits.vocabulary:
+        bad = low if low < 0 else high
+        raise InputError(f"slot {slot}: token id {bad} is outside the vocabulary of {limits.vocabulary}")

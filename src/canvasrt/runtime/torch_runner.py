@@ -1,0 +1,230 @@
+"""EngineRunner on torch: the CPU development runtime, and the check of other runners on any NVIDIA GPU.
+
+Float32 on a CPU by default. Rows of one call are computed as one padded batch; padding is masked, never read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.errors import CapacityError, InputError
+from canvasrt.network.attention import Rotary
+from canvasrt.network.layer import MoeChoice
+from canvasrt.network.sampler import Filters, Prediction
+from canvasrt.network.text import Canvas, Phase, TextInputs, text_network
+from canvasrt.ops.protocol import LayerKind
+from canvasrt.ops.torch_ops import TorchOps
+from canvasrt.ops.torch_weights import TorchWeights
+from canvasrt.runtime.memory import MemoryBudget, check_budget
+from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
+from canvasrt.runtime.rows import check_denoise, check_encode
+from canvasrt.runtime.torch_cache import CacheCall, TorchCache
+from canvasrt.spec import LayerSpec
+
+Tensor = torch.Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
+
+
+class TorchRunner:
+    """Runs a checkpoint with torch.
+
+    ``device`` is "cpu" or "cuda"; ``dtype`` "float32" or "bfloat16"; ``context`` is tokens per slot, the model's
+    maximum by default; ``moe`` picks the formulation of the expert layer, ``sparse`` by default.
+    Raises CapacityError when the memory does not suffice or the context exceeds the model, CheckpointError for NaN
+    weights, InputError for an unknown device or dtype.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        dtype: str = "float32",
+        slots: int = 1,
+        context: int | None = None,
+        chunk: int = CHUNK,
+        moe: MoeChoice | None = None,
+    ) -> None:
+        self._spec = spec = checkpoint.spec
+        self._device = _device(device)
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        if slots < 1 or chunk < 1:
+            raise InputError(f"a runner needs at least one slot and a chunk of one token, not {slots} and {chunk}")
+        self._limits = RunnerLimits(
+            slots=slots,
+            context=spec.max_context if context is None else context,
+            chunk=chunk,
+            canvas=spec.canvas_length,
+            vocabulary=spec.vocab_size,
+        )
+        torch_dtype = DTYPES[dtype]
+        available = _available_bytes(self._device)
+        self.memory: MemoryBudget = check_budget(spec, self._limits, torch_dtype.itemsize, available)
+        self._dtype = torch_dtype
+        self._moe = moe or MoeChoice("sparse")
+        self._ops = TorchOps(TorchWeights(checkpoint, self._device, torch_dtype))
+        self._cache = TorchCache(spec, self._limits, self._device, torch_dtype)
+        self._soft = torch.zeros(slots, spec.canvas_length, spec.hidden_size, device=self._device, dtype=torch_dtype)
+        kinds: dict[LayerKind, LayerSpec] = {layer.kind: layer for layer in spec.layers}
+        self._frequencies = {kind: _inverse_frequencies(layer).to(self._device) for kind, layer in kinds.items()}
+        self._rotary: tuple[CacheCall | None, dict[LayerKind, Rotary[Tensor]]] = (None, {})
+        self._load_all_weights()
+
+    @classmethod
+    def open(cls, folder: Path | str, device: str = "cpu", dtype: str = "float32", **options: Any) -> "TorchRunner":
+        """Opens a checkpoint folder; ``options`` are those of the constructor."""
+        return cls(Checkpoint.open(folder), device, dtype, **options)
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    def length(self, slot: int) -> int:
+        return self._cache.length(slot)
+
+    def release(self, slot: int) -> None:
+        self._cache.release(slot)
+
+    def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each: for verification."""
+        return self._cache.stored(layer, slot)
+
+    @torch.inference_mode()
+    def encode(self, rows: Sequence[EncodeRow]) -> None:
+        check_encode(self._limits, self._cache.lengths(), rows)
+        for row in rows:
+            self._cache.check_rewind(row.slot, row.position)
+        for row in rows:
+            if row.position < self._cache.length(row.slot):
+                self._cache.rewind(row.slot, row.position)
+        left = [(row.slot, row.tokens) for row in rows]
+        while left:
+            pieces = [tokens[: self._limits.chunk] for _, tokens in left]
+            self._encode_pieces([slot for slot, _ in left], pieces)
+            left = [
+                (slot, tokens[len(piece) :])
+                for (slot, tokens), piece in zip(left, pieces, strict=True)
+                if len(piece) < len(tokens)
+            ]
+
+    def _encode_pieces(self, slots: list[int], pieces: list[NDArray[np.int32]]) -> None:
+        counts = [len(piece) for piece in pieces]
+        width = max(counts)
+        tokens = np.zeros((len(pieces), width), dtype=np.int64)
+        for row, piece in zip(tokens, pieces, strict=True):
+            row[: len(piece)] = piece
+        call = self._cache.open(slots, counts, width, causal=True)
+        self._run("encoder", torch.from_numpy(tokens).to(self._device), call, None)
+        for slot, count in zip(slots, counts, strict=True):
+            self._cache.commit(slot, count)
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+        check_denoise(self._limits, self._cache.lengths(), rows)
+        if not rows:
+            return []
+        size = self._limits.canvas
+        slots = [row.slot for row in rows]
+        call = self._cache.open(slots, [size] * len(rows), size, causal=False)
+        tokens = torch.from_numpy(np.stack([row.canvas for row in rows]).astype(np.int64)).to(self._device)
+        slot_index = torch.tensor(slots, device=self._device)
+        kept = self._per_token(rows, [0.0 if row.first else 1.0 for row in rows]).view(len(rows), size, 1)
+        canvas = Canvas(
+            # where, not a product: the signal of a slot's previous request must not leak, not even as 0 * NaN
+            soft_embeddings=torch.where(kept > 0, self._soft[slot_index], torch.zeros((), dtype=self._dtype)),
+            temperature=self._per_token(rows, [row.temperature for row in rows]),
+            uniforms=torch.from_numpy(np.concatenate([row.uniforms for row in rows])).to(self._device).view(-1, 1),
+            filters=self._filters(rows),
+            head_rows=None,
+        )
+        prediction = self._run("decoder", tokens, call, canvas)
+        assert prediction is not None  # the decoder phase always predicts
+        self._soft[slot_index] = prediction.soft_embeddings.view(len(rows), size, -1)
+        return _results(rows, prediction, size)
+
+    def _run(
+        self, phase: Phase, tokens: Tensor, call: CacheCall, canvas: Canvas[Tensor] | None
+    ) -> Prediction[Tensor] | None:
+        inputs = TextInputs(tokens, self._rotary_of(call), call.masks, call, canvas)
+        outputs = text_network(self._ops, self._spec, inputs, phase, self._moe)
+        if outputs.over_capacity is not None and outputs.over_capacity.item() > 0:
+            # Repeating is safe: the call writes the same places again.
+            outputs = text_network(self._ops, self._spec, inputs, phase, MoeChoice("dense"))
+        return outputs.prediction
+
+    def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
+        if self._rotary[0] is not call:
+            positions = call.positions.to(self._device).float().view(*call.positions.shape, 1, 1)
+            factors: dict[LayerKind, Rotary[Tensor]] = {}
+            for kind, frequencies in self._frequencies.items():
+                angles = positions * frequencies
+                cos, sin = angles.cos(), angles.sin()
+                factors[kind] = Rotary(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+            self._rotary = (call, factors)
+        return self._rotary[1]
+
+    def _per_token(self, rows: Sequence[DenoiseRow], values: list[float]) -> Tensor:
+        """(rows * canvas, 1) float32 from one value per row."""
+        per_row = torch.tensor(values, dtype=torch.float32, device=self._device)
+        return per_row.repeat_interleave(self._limits.canvas).view(-1, 1)
+
+    def _filters(self, rows: Sequence[DenoiseRow]) -> Filters[Tensor] | None:
+        vocabulary = self._limits.vocabulary
+        if all(row.top_k in (0, vocabulary) and row.top_p == 1 for row in rows):
+            return None
+        top_k = [float(min(row.top_k or vocabulary, vocabulary)) for row in rows]
+        return Filters(self._per_token(rows, top_k), self._per_token(rows, [row.top_p for row in rows]))
+
+    def _load_all_weights(self) -> None:
+        """Runs one token and one canvas: a damaged tensor must stop the start, not a request."""
+        self.encode([EncodeRow(0, np.zeros(1, np.int32), 0)])
+        size = self._limits.canvas
+        self.denoise([DenoiseRow(0, np.zeros(size, np.int32), 1.0, np.zeros(size, np.float32), first=True)])
+        self.release(0)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is unknown: use cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch sees no NVIDIA GPU: check the driver, or use cpu")
+    return torch.device(name)
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError as error:
+        raise CapacityError(f"can't tell how much memory is free: {error}") from error
+    raise CapacityError("can't tell how much memory is free: /proc/meminfo has no MemAvailable line")
+
+
+def _inverse_frequencies(layer: LayerSpec) -> Tensor:
+    """(head_dim / 2,) angles per position: zero for the pairs that the "proportional" embedding leaves unrotated."""
+    exponents = torch.arange(0, 2 * layer.rotary_pairs, 2, dtype=torch.float) / layer.head_dim
+    rotated = 1.0 / layer.rope_theta**exponents / layer.rope_factor
+    return torch.cat([rotated, torch.zeros(layer.head_dim // 2 - layer.rotary_pairs)])
+
+
+def _results(rows: Sequence[DenoiseRow], prediction: Prediction[Tensor], size: int) -> list[DenoiseResult]:
+    argmax = prediction.argmax.to("cpu", torch.int32).view(-1, size).numpy()
+    sampled = prediction.sampled.to("cpu", torch.int32).view(-1, size).numpy()
+    entropy = prediction.entropy.to("cpu").view(-1, size).numpy()
+    logits = prediction.logits.view(len(rows), size, -1)
+    return [
+        DenoiseResult(
+            argmax[index], sampled[index], entropy[index], logits[index].cpu().numpy() if row.want_logits else None
+        )
+        for index, row in enumerate(rows)
+    ]

@@ -1,0 +1,1 @@
+"""The serving side's text handling: tokenizer, chat template, stop strings."""

@@ -1,0 +1,109 @@
+"""TorchRunner: the contract of every runner, its memory limits, its slots."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contract import CHECKS, Opener
+from safetensors.torch import load_file, save_file
+from tiny import Dims, write
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.errors import CapacityError, CheckpointError, InputError
+from canvasrt.network.layer import MoeChoice
+from canvasrt.runtime.fake import FakeRunner
+from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, EngineRunner
+from canvasrt.runtime.torch_runner import TorchRunner
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write(tmp_path_factory.mktemp("runner"), Dims(embedding_scale=1.5), seed=5))
+
+
+def opener(kind: str, source: Checkpoint) -> Opener:
+    def open_runner(slots: int, chunk: int = 16) -> EngineRunner:
+        if kind == "fake":
+            return FakeRunner(slots=slots, context=120, chunk=chunk, canvas=12)
+        moe = {"sparse": MoeChoice("sparse"), "dense": MoeChoice("dense"), "capacity": MoeChoice("capacity", 5)}[kind]
+        return TorchRunner(source, slots=slots, context=120, chunk=chunk, moe=moe)
+
+    return open_runner
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "capacity", "fake"])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_contract(source: Checkpoint, kind: str, check: object) -> None:
+    check(opener(kind, source))
+
+
+def test_rewinding_behind_the_kept_window_is_refused_with_what_is_possible(source: Checkpoint) -> None:
+    runner = TorchRunner(source, context=200, chunk=16)  # the sliding buffers hold 8 + 16 + 12 tokens
+    tokens = np.random.default_rng(0).integers(0, 67, 150).astype(np.int32)
+    runner.encode([EncodeRow(0, tokens, 0)])
+    with pytest.raises(CapacityError, match="can't be rewound to 20 tokens.*keep positions from"):
+        runner.encode([EncodeRow(0, tokens[:1], 20)])
+    assert runner.length(0) == 150
+    runner.encode([EncodeRow(0, tokens, 0)])  # from the start is always possible
+    assert runner.length(0) == 150
+
+
+def test_a_long_conversation_compacts_the_sliding_buffers_and_equals_a_fresh_prefill(source: Checkpoint) -> None:
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 67, 180).astype(np.int32)
+    row = DenoiseRow(0, tokens[:12], 0.5, np.zeros(12, np.float32), first=True, want_logits=True)
+    grown, fresh = (TorchRunner(source, context=200, chunk=16) for _ in range(2))
+    position = 0
+    while position < 180:  # canvases denoised in between write scratch behind the context
+        piece = tokens[position : position + int(rng.integers(1, 20))]
+        grown.encode([EncodeRow(0, piece, position)])
+        grown.denoise([row])
+        position += len(piece)
+    fresh.encode([EncodeRow(0, tokens, 0)])
+    ours, expected = grown.denoise([row])[0].logits, fresh.denoise([row])[0].logits
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_capacity_overflow_repeats_the_call_with_every_expert(source: Checkpoint) -> None:
+    """With room for one token per expert nearly every call overflows; the result must not show it."""
+    prompt = np.random.default_rng(2).integers(0, 67, 40).astype(np.int32)
+    row = DenoiseRow(0, prompt[:12], 0.5, np.zeros(12, np.float32), first=True, want_logits=True)
+    results = []
+    for moe in (MoeChoice("capacity", 1), MoeChoice("sparse")):
+        runner = TorchRunner(source, context=64, moe=moe)
+        runner.encode([EncodeRow(0, prompt, 0)])
+        results.append(runner.denoise([row])[0].logits)
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4 * np.abs(results[1]).max())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.decoder.layers.4.experts.down_proj", "model.decoder.norm.weight"])
+def test_weights_that_are_not_finite_stop_the_start(tmp_path: Path, name: str, bad: float) -> None:
+    write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name].view(-1)[3] = bad
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} in .* holds 1 values that are NaN or infinite"):
+        TorchRunner(Checkpoint.open(tmp_path), context=64)
+
+
+def test_impossible_settings_are_refused_before_memory_is_taken(source: Checkpoint) -> None:
+    with pytest.raises(CapacityError, match="exceeds the 256 positions"):
+        TorchRunner(source, context=257)
+    with pytest.raises(CapacityError, match="no room for a prompt"):
+        TorchRunner(source, context=12)
+    with pytest.raises(CapacityError, match=r"GiB weights.*Use fewer slots"):
+        TorchRunner(source, context=256, slots=2**30)
+    with pytest.raises(InputError, match="device 'tpu' is unknown"):
+        TorchRunner(source, device="tpu")
+    with pytest.raises(InputError, match="dtype 'float8' is unknown"):
+        TorchRunner(source, dtype="float8")
+    with pytest.raises(InputError, match="at least one slot"):
+        TorchRunner(source, slots=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_asking_for_cuda_without_a_gpu_says_so(source: Checkpoint) -> None:
+    with pytest.raises(InputError, match="no NVIDIA GPU"):
+        TorchRunner(source, device="cuda")
