@@ -87,6 +87,21 @@ def check_a_released_slot_leaks_nothing_into_the_next_request(open_runner: Opene
     assert outputs(runner, {0: second}) == fresh
 
 
+def check_a_released_slot_keeps_no_self_conditioning(open_runner: Opener) -> None:
+    """A caller that forgets ``first`` must not get the signal of another request."""
+    used, fresh = open_runner(slots=1), open_runner(slots=1)
+    canvas = used.limits.canvas
+    row = DenoiseRow(0, np.arange(2, 2 + canvas, dtype=np.int32), 0.5, np.zeros(canvas, np.float32), first=True)
+    used.encode([EncodeRow(0, row.canvas, 0)])
+    used.denoise([row])
+    used.release(0)
+    results = []
+    for runner in (used, fresh):
+        runner.encode([EncodeRow(0, row.canvas[::-1].copy(), 0)])
+        results.append(runner.denoise([replace(row, first=False)])[0].entropy)
+    np.testing.assert_array_equal(results[0], results[1])
+
+
 def check_a_cached_prefix_gives_the_same_result_even_with_one_token_left(open_runner: Opener) -> None:
     runner = open_runner(slots=2, chunk=8)
     canvas = runner.limits.canvas
@@ -154,13 +169,18 @@ def check_bad_rows_are_refused_and_change_nothing(open_runner: Opener) -> None:
         (InputError, "top_p", replace(row, top_p=0.0)),
     ]
     for error, message, bad in refused:
-        with pytest.raises(error, match=message):
-            # a good row beside it must not be run either
-            if isinstance(bad, EncodeRow):
+        # A good row beside the bad one must not be run either.
+        if isinstance(bad, EncodeRow):
+            with pytest.raises(error, match=message):
                 runner.encode([EncodeRow(0, good, 7), bad])
-            else:
+        else:
+            with pytest.raises(error, match=message):
                 runner.denoise([row, bad] if bad.slot != 0 else [bad])
         assert [runner.length(0), runner.length(1)] == [7, 0]
+    for verb in (runner.release, runner.length):
+        for slot in (-1, 2):
+            with pytest.raises(InputError, match=f"slot {slot} does not exist"):
+                verb(slot)
     with pytest.raises(InputError, match="twice"):
         runner.denoise([row, row])
     np.testing.assert_array_equal(runner.denoise([row])[0].entropy, before)

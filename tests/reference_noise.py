@@ -1,6 +1,6 @@
 """Makes transformers' ``generate`` draw the noise that our requests draw, so that both must write the same tokens.
 
-generate() calls torch.randint once for a new canvas and once after every torch.multinomial; nothing else in it is random.
+generate() calls torch.randint once for a new canvas and once after every torch.multinomial; nothing else is random.
 """
 
 from collections.abc import Iterator, Sequence

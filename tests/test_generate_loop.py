@@ -229,7 +229,7 @@ def fake_step(context: Sequence[int] = (5, 6, 7), before: DenoiseRow | None = RO
 )
 def test_the_fake_reads_every_input(changes: dict[str, Any]) -> None:
     assert fake_step() == fake_step()
-    assert fake_step(**changes) != fake_step()
+    assert fake_step(**changes)[2] != fake_step()[2]  # the entropies, which depend on everything
 
 
 def test_the_fake_gives_the_same_in_every_slot_and_logits_when_asked() -> None:
@@ -283,6 +283,21 @@ def test_requests_beyond_the_slots_wait_and_a_freed_slot_is_filled_in_the_next_c
     assert denoised == [2] * 6
     assert max(len(slots) for verb, slots in runner.calls if verb == "encode") == 2
     assert_all_released(runner)
+
+
+def test_filters_of_each_request_reach_the_runner() -> None:
+    requests = {number: request(number, top_k=5 * number, top_p=1 - number / 10) for number in range(3)}
+    runner, rows = FakeRunner(slots=3), []
+    inner = runner.denoise
+    runner.denoise = lambda asked: rows.extend(asked) or inner(asked)
+    list(run_requests(runner, requests))
+    assert {(row.slot, row.top_k, row.top_p) for row in rows} == {(0, 0, 1.0), (1, 5, 0.9), (2, 10, 0.8)}
+
+
+def test_every_slot_is_released_once_for_each_request() -> None:
+    runner = FakeRunner(slots=2)
+    list(run_requests(runner, {number: request(number) for number in range(5)}))
+    assert sum(verb == "release" for verb, _ in runner.calls) == 5
 
 
 def test_no_requests_make_no_calls() -> None:

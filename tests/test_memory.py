@@ -58,7 +58,8 @@ def test_the_budget_is_the_arithmetic_by_hand(element_bytes: int) -> None:
     assert found.full_kv_bytes == 2 * 512 * (2 * 1 * 6) * element_bytes
     assert found.sliding_kv_bytes == 2 * rows * 2 * (2 * 2 * 4) * element_bytes
     assert found.soft_bytes == 2 * 16 * 8 * element_bytes
-    parts = (found.weight_bytes, found.full_kv_bytes, found.sliding_kv_bytes, found.soft_bytes)
+    assert found.sampler_bytes == 6 * 2 * 16 * SPEC.vocab_size * 4
+    parts = (found.weight_bytes, found.full_kv_bytes, found.sliding_kv_bytes, found.soft_bytes, found.sampler_bytes)
     assert found.total_bytes == sum(parts)
 
 

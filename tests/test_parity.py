@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import Dims, write
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.layer import MoeChoice
 from canvasrt.reference.model import ReferenceModel
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
 from canvasrt.runtime.torch_runner import TorchRunner
+from tiny import Dims, write
 
 TOLERANCE = 1e-4  # of the largest reference value
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_noise import shared_noise
-from tiny import Dims, write
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.diffusion.params import RequestParams
@@ -14,6 +12,8 @@ from canvasrt.diffusion.request import RequestState
 from canvasrt.reference.model import ReferenceModel
 from canvasrt.runtime.generate import run_requests
 from canvasrt.runtime.torch_runner import TorchRunner
+from reference_noise import shared_noise
+from tiny import Dims, write
 
 DIMS = Dims(context=512, embedding_scale=2.5)
 CONTEXT = 200

@@ -120,6 +120,7 @@ def test_a_canvas_that_never_changes_stops_after_threshold_plus_one_steps(thresh
     state, count = CanvasState.new(params, 0), 0
     while not state.done:
         state, count = state.advanced(params, canvas(), canvas(), entropies(0)), count + 1
+        assert len(state.history) <= threshold  # what the stop rule looks at, and no more
     assert count == passes
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contract import CHECKS, Opener
 from safetensors.torch import load_file, save_file
-from tiny import Dims, write
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, CheckpointError, InputError
@@ -15,6 +13,8 @@ from canvasrt.network.layer import MoeChoice
 from canvasrt.runtime.fake import FakeRunner
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, EngineRunner
 from canvasrt.runtime.torch_runner import TorchRunner
+from contract import CHECKS, Opener
+from tiny import Dims, write
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_rewinding_behind_the_kept_window_is_refused_with_what_is_possible(sourc
     runner = TorchRunner(source, context=200, chunk=16)  # the sliding buffers hold 8 + 16 + 12 tokens
     tokens = np.random.default_rng(0).integers(0, 67, 150).astype(np.int32)
     runner.encode([EncodeRow(0, tokens, 0)])
-    with pytest.raises(CapacityError, match="can't be rewound to 20 tokens.*keep positions from"):
+    with pytest.raises(CapacityError, match=r"can't be rewound to 20 tokens.*keep positions from"):
         runner.encode([EncodeRow(0, tokens[:1], 20)])
     assert runner.length(0) == 150
     runner.encode([EncodeRow(0, tokens, 0)])  # from the start is always possible

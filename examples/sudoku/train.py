@@ -201,6 +201,18 @@ def save(model: DiffusionGemmaForBlockDiffusion, folder: Path) -> None:
         "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
     }  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_prompts(folder)
+
+
+def write_prompts(folder: Path) -> None:
+    """prompts.jsonl, which `canvasrt bench` reads: one puzzle, two puzzles and plain text in turns, none trained on."""
+    rng = random.Random(3_000_000)
+    lines = []
+    for index in range(24):
+        grids = [make_puzzle(rng, rng.randint(12, 24))[0] for _ in range(2 if index % 4 == 1 else 1)]
+        text = "what can you do?" if index % 12 == 6 else "\n".join(to_text(grid) for grid in grids)
+        lines.append(json.dumps({"prompt": text}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines))
 
 
 def main() -> None:

@@ -335,7 +335,7 @@ def _overrides(text: _TextConfig, index: int, layer_type: str) -> _Overrides:
 
 def _layer(text: _TextConfig, index: int, layer_type: str) -> LayerSpec:
     rope = text.rope_parameters[layer_type]
-    assert rope is not None, "checked by _rope_problems"
+    assert rope is not None, "checked by _layout_problems"
     overrides = _overrides(text, index, layer_type)
     head_dim = overrides.head_dim or text.head_dim
     proportional = rope.rope_type == "proportional"

@@ -56,7 +56,7 @@ def bench(
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens per request.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first request.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every request.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     as_json: Json = False,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -13,7 +13,9 @@ from rich.console import Console
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestParams, resolve
 from canvasrt.errors import CapacityError
-from canvasrt.runtime.torch_runner import TorchRunner
+
+if TYPE_CHECKING:
+    from canvasrt.runtime.torch_runner import TorchRunner
 
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a DiffusionGemma checkpoint.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -32,7 +34,7 @@ def working(message: str) -> Iterator[None]:
 
 def open_runner(
     checkpoint: Checkpoint, device: str, dtype: str, slots: int, context: int | None, needed: int
-) -> TorchRunner:
+) -> "TorchRunner":
     """A runner with ``context`` tokens a slot; by default just what the requests need.
 
     Raises CapacityError when ``needed`` tokens exceed the context that was asked for or the model's.
@@ -40,6 +42,8 @@ def open_runner(
     canvas, most = checkpoint.spec.canvas_length, checkpoint.spec.max_context
     if context is not None and needed > context:
         raise CapacityError(f"these requests need a context of {needed} tokens and --context is {context}")
+    from canvasrt.runtime.torch_runner import TorchRunner  # here: torch takes seconds to import, and may be missing
+
     wanted = context or min(max(needed, 2 * canvas), most)
     with working(f"loading {checkpoint.folder}"):
         return TorchRunner(checkpoint, device, dtype, slots=slots, context=wanted)

@@ -32,7 +32,9 @@ def generate(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; cuts inside a canvas.")] = None,
     steps: Annotated[int | None, typer.Option(help="Most denoising steps per canvas.")] = None,
-    t_min: Annotated[float | None, typer.Option(help="Temperature at the last step.")] = None,
+    t_min: Annotated[
+        float | None, typer.Option(help="Temperature that the schedule falls to with the remaining steps.")
+    ] = None,
     t_max: Annotated[float | None, typer.Option(help="Temperature at the first step.")] = None,
     entropy_bound: Annotated[
         float | None, typer.Option(help="Entropy in nats up to which a step accepts tokens.")
@@ -85,14 +87,16 @@ def generate(
     view = LiveView(codec, len(prompts), delay) if live else None
     ends: dict[int, tuple[RequestState, float]] = {}
     started = time.perf_counter()
-    for event in run_requests(runner, requests, stops if options.stop else None):
-        if event.kind == "end":
-            shown = view.seconds if view else 0.0
-            ends[event.request] = (event.state, time.perf_counter() - started - shown)
+    try:
+        for event in run_requests(runner, requests, stops if options.stop else None):
+            if event.kind == "end":
+                shown = view.seconds if view else 0.0
+                ends[event.request] = (event.state, time.perf_counter() - started - shown)
+            if view:
+                view.update(event)
+    finally:
         if view:
-            view.update(event)
-    if view:
-        view.close()
+            view.close()  # else an interrupted command leaves the terminal without a cursor
     for index in requests:
         state, seconds = ends[index]
         answer = _answer(texts.get(index, codec.decode(state.output)), state, len(prompts[index]), seconds)

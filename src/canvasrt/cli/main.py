@@ -11,6 +11,7 @@ from canvasrt.errors import CanvasRTError, CapacityError
 EXIT_INPUT = 2
 EXIT_CAPACITY = 3
 EXIT_INTERRUPTED = 130
+OPTIONAL = ("torch",)  # installed by extras
 
 app = typer.Typer(
     name="canvasrt",
@@ -52,6 +53,11 @@ def main() -> None:
     except CanvasRTError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_CAPACITY if isinstance(error, CapacityError) else EXIT_INPUT)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        typer.echo(f"error: this command needs {error.name}: pip install 'canvasrt[torch]'", err=True)
+        sys.exit(EXIT_INPUT)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)

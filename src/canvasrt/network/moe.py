@@ -6,7 +6,7 @@ Reference: transformers ``DiffusionGemmaTextRouter`` and ``DiffusionGemmaTextExp
 once.
 ``capacity``  tokens gathered into (experts, C) places: C / tokens of dense's work. Exact unless an expert gets more
 than C
-              tokens; the second result counts those, and the caller repeats the call with ``dense`` when it is not 0.
+              tokens; the second result is above 0 when one did, and the caller repeats the call otherwise.
 ``sparse``    only the chosen experts, grouped by the lowering at run time.
 """
 

@@ -21,14 +21,14 @@ from canvasrt.spec import ModelSpec
 # A float just below 1: keeps the target of the inverse CDF below the total after rounding, else a token of probability
 # 0 at the end of the vocabulary could be drawn.
 BELOW_ONE = 1.0 - 2.0**-23
-# Bisection over logits in [-softcap / T, softcap / T] reaches the spacing of float32 after this many halvings.
+# Halvings of the interval [-160, 0] that a threshold is searched in: down to 6e-7.
 BISECTIONS = 28
 REMOVED = -1e30  # exp() of it is 0, and 0 * it is 0 where 0 * -inf would be NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Filters(Generic[T]):
-    """Nucleus and top-k limits per row, (rows, 1) float32; 1.0 and the vocabulary's size mean no limit."""
+    """Nucleus and top-k limits per row, (rows, 1) float32; no limit: the vocabulary's size, and a top_p above 1."""
 
     top_k: T
     top_p: T
@@ -88,7 +88,9 @@ def _inverse_cdf(ops: Ops[T], vocabulary: int, weights: T, uniforms: T) -> T:
     before = ops.sum(ops.multiply(chosen, ops.subtract(edges, sums)), axis=1)
     inside = ops.reshape(ops.sum(ops.multiply(table, ops.reshape(chosen, (0, blocks, 1))), axis=1), (-1, width))
     steps = ops.cumulative_sum(inside, axis=1)
-    rest = ops.minimum(ops.subtract(target, before), ops.multiply(ops.max(steps, axis=1), BELOW_ONE))
+    # Rounding can put the rest outside the block's mass on either side, where a token of probability 0 may stand.
+    rest = ops.maximum(ops.subtract(target, before), 0.0)
+    rest = ops.minimum(rest, ops.multiply(ops.max(steps, axis=1), BELOW_ONE))
     column = ops.sum(ops.to_float(ops.less_equal(steps, rest)), axis=1)
     return ops.to_int(ops.reshape(ops.add(ops.multiply(block, float(width)), column), (-1,)))
 

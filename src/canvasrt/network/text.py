@@ -12,8 +12,8 @@ from canvasrt.network.attention import Rotary
 from canvasrt.network.layer import MoeChoice, context_tail, norm, transformer_layer
 from canvasrt.network.names import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, decoder_layer, encoder_scalar
 from canvasrt.network.sampler import Filters, Prediction, predict
-from canvasrt.ops.protocol import Cache, LayerKind, Ops, T
-from canvasrt.spec import ModelSpec
+from canvasrt.ops.protocol import Cache, Ops, T
+from canvasrt.spec import LayerKind, ModelSpec
 
 # What the tokens of a call are. "mixed" reads it per token; the others leave out what such tokens do not need.
 Phase = Literal["encoder", "decoder", "mixed"]
@@ -45,7 +45,7 @@ class TextInputs(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class TextOutputs(Generic[T]):
     prediction: Prediction[T] | None  # None when the phase is "encoder": all it leaves is K and V
-    over_capacity: T | None  # (1, 1) float32, > 0: repeat the call with the dense formulation
+    over_capacity: T | None  # (1, 1) float32, > 0: repeat the call in another formulation
 
 
 def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase, moe: MoeChoice) -> TextOutputs[T]:

@@ -1,4 +1,4 @@
-"""About thirty primitives that the network is written in; every lowering implements the same ones.
+"""The primitives that the network is written in; every lowering implements the same ones.
 
 A lowering is an object over some tensor type ``T``: torch tensors computed at once, or handles of a graph that a
 compiler will see. Two rules keep a network lowerable to both: no Python control flow on tensor values, and no Python
@@ -14,7 +14,6 @@ T = TypeVar("T")
 
 Number = float | int
 Precision = Literal["float32", "model"]  # "model" is the dtype that the lowering computes the network in
-LayerKind = Literal["sliding", "full"]
 
 
 class Ops(Protocol[T]):

@@ -49,10 +49,8 @@ class TorchWeights:
 
     def _load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         info = self._checkpoint.info(name)
-        stored = np.ascontiguousarray(self._checkpoint.array(name))
-        # torch has no read-only tensors and warns about read-only memory; .to() below copies unless dtype and device
-        # agree.
-        tensor = torch.frombuffer(bytearray(stored.tobytes()), dtype=_STORED[info.dtype]).reshape(info.shape)
+        # One copy out of the mapped file: torch has no read-only tensors.
+        tensor = torch.from_numpy(np.array(self._checkpoint.array(name))).view(_STORED[info.dtype])
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
-from canvasrt.runtime.rows import check_denoise, check_encode
+from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
 
 SETTLE_STEPS = 3  # steps after which the argmax canvas no longer changes
 
@@ -41,6 +41,7 @@ class FakeRunner:
         return self._limits
 
     def length(self, slot: int) -> int:
+        check_slot(self._limits, slot)
         return len(self._contexts[slot])
 
     def encode(self, rows: Sequence[EncodeRow]) -> None:
@@ -55,6 +56,7 @@ class FakeRunner:
         return [self._denoise_row(row) for row in rows]
 
     def release(self, slot: int) -> None:
+        check_slot(self._limits, slot)
         self._contexts[slot] = np.zeros(0, np.int32)
         self._signals[slot] = (0, b"")
         self.calls.append(("release", (slot,)))

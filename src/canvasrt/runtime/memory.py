@@ -1,10 +1,13 @@
 """What a runner's K/V memory costs and whether it fits, decided before anything is allocated. All sizes in bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from canvasrt.errors import CapacityError
 from canvasrt.runtime.protocol import RunnerLimits
 from canvasrt.spec import ModelSpec
+
+# logits, scaled, shifted, weights, probabilities, and one intermediate result (network/sampler.py)
+SAMPLER_TENSORS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +16,11 @@ class MemoryBudget:
     full_kv_bytes: int  # full-attention layers: one buffer of the whole context per slot
     sliding_kv_bytes: int  # sliding layers: bounded, whatever the context
     soft_bytes: int  # self-conditioning signal of one canvas per slot
+    sampler_bytes: int  # float32 tensors over the vocabulary that a denoising call of all slots holds at once
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.full_kv_bytes + self.sliding_kv_bytes + self.soft_bytes
+        return self.weight_bytes + self.full_kv_bytes + self.sliding_kv_bytes + self.soft_bytes + self.sampler_bytes
 
 
 def sliding_rows(spec: ModelSpec, limits: RunnerLimits) -> int:
@@ -42,6 +46,7 @@ def budget(spec: ModelSpec, limits: RunnerLimits, element_bytes: int) -> MemoryB
         full_kv_bytes=kv("full", limits.context),
         sliding_kv_bytes=kv("sliding", sliding_rows(spec, limits)),
         soft_bytes=limits.slots * limits.canvas * spec.hidden_size * element_bytes,
+        sampler_bytes=SAMPLER_TENSORS * limits.slots * limits.canvas * spec.vocab_size * 4,
     )
 
 
@@ -59,19 +64,20 @@ def check_budget(spec: ModelSpec, limits: RunnerLimits, element_bytes: int, avai
     needed = budget(spec, limits, element_bytes)
     if needed.total_bytes <= available_bytes:
         return needed
-    fixed = needed.total_bytes - needed.full_kv_bytes
     per_token = needed.full_kv_bytes // limits.context
-    fitting = (available_bytes - fixed) // per_token if per_token else 0
+    fitting = (available_bytes - needed.total_bytes + needed.full_kv_bytes) // per_token if per_token else 0
+    least = budget(spec, replace(limits, slots=1, context=limits.canvas + 1), element_bytes)
     if fitting > limits.canvas:
         advice = f"The largest context that fits with {limits.slots} slots is {fitting}."
-    elif limits.slots > 1:
+    elif limits.slots > 1 and least.total_bytes <= available_bytes:
         advice = f"Use fewer slots than {limits.slots}."
     else:
         advice = "This model needs a machine with more memory, or a quantized checkpoint."
     raise CapacityError(
         f"context {limits.context} with {limits.slots} slots needs {_gib(needed.total_bytes)} "
         f"({_gib(needed.weight_bytes)} weights, {_gib(needed.full_kv_bytes)} K/V of full layers, "
-        f"{_gib(needed.sliding_kv_bytes)} of sliding layers), and {_gib(available_bytes)} are free. {advice}"
+        f"{_gib(needed.sliding_kv_bytes)} of sliding layers, {_gib(needed.soft_bytes + needed.sampler_bytes)} for "
+        f"denoising), and {_gib(available_bytes)} are free. {advice}"
     )
 
 

@@ -56,10 +56,15 @@ def check_denoise(limits: RunnerLimits, lengths: Sequence[int], rows: Sequence[D
             )
 
 
+def check_slot(limits: RunnerLimits, slot: int) -> None:
+    """Raises InputError for a slot that the runner does not have; a negative one would silently mean another."""
+    if not 0 <= slot < limits.slots:
+        raise InputError(f"slot {slot} does not exist: this runner has {limits.slots} slots, counted from 0")
+
+
 def _check_slots(limits: RunnerLimits, slots: list[int]) -> None:
     for slot in slots:
-        if not 0 <= slot < limits.slots:
-            raise InputError(f"slot {slot} does not exist: this runner has {limits.slots} slots, counted from 0")
+        check_slot(limits, slot)
     if len(set(slots)) != len(slots):
         raise InputError(f"a slot appears twice in one call: {sorted(slots)}")
 

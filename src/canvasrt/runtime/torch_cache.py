@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from canvasrt.errors import CapacityError
-from canvasrt.ops.protocol import LayerKind
 from canvasrt.runtime.memory import sliding_rows
 from canvasrt.runtime.protocol import RunnerLimits
-from canvasrt.spec import ModelSpec
+from canvasrt.spec import LayerKind, ModelSpec
 
 Tensor = torch.Tensor
 

@@ -1,6 +1,6 @@
 """EngineRunner on torch: the CPU development runtime, and the check of other runners on any NVIDIA GPU.
 
-Float32 on a CPU by default. Rows of one call are computed as one padded batch; padding is masked, never read.
+Float32 on a CPU by default. Rows of one call are computed as one padded batch; padding is masked.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,13 @@ from canvasrt.network.attention import Rotary
 from canvasrt.network.layer import MoeChoice
 from canvasrt.network.sampler import Filters, Prediction
 from canvasrt.network.text import Canvas, Phase, TextInputs, text_network
-from canvasrt.ops.protocol import LayerKind
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
 from canvasrt.runtime.memory import MemoryBudget, check_budget
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
-from canvasrt.runtime.rows import check_denoise, check_encode
+from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
 from canvasrt.runtime.torch_cache import CacheCall, TorchCache
-from canvasrt.spec import LayerSpec
+from canvasrt.spec import LayerKind, LayerSpec
 
 Tensor = torch.Tensor
 
@@ -87,10 +86,13 @@ class TorchRunner:
         return self._limits
 
     def length(self, slot: int) -> int:
+        check_slot(self._limits, slot)
         return self._cache.length(slot)
 
     def release(self, slot: int) -> None:
+        check_slot(self._limits, slot)
         self._cache.release(slot)
+        self._soft[slot] = 0
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each: for verification."""
@@ -156,7 +158,7 @@ class TorchRunner:
         outputs = text_network(self._ops, self._spec, inputs, phase, self._moe)
         if outputs.over_capacity is not None and outputs.over_capacity.item() > 0:
             # Repeating is safe: the call writes the same places again.
-            outputs = text_network(self._ops, self._spec, inputs, phase, MoeChoice("dense"))
+            outputs = text_network(self._ops, self._spec, inputs, phase, MoeChoice("sparse"))
         return outputs.prediction
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
@@ -180,7 +182,9 @@ class TorchRunner:
         if all(row.top_k in (0, vocabulary) and row.top_p == 1 for row in rows):
             return None
         top_k = [float(min(row.top_k or vocabulary, vocabulary)) for row in rows]
-        return Filters(self._per_token(rows, top_k), self._per_token(rows, [row.top_p for row in rows]))
+        # 2: rounded sums of probabilities can reach 1 before the last token, and a row without a limit must lose none
+        top_p = [row.top_p if row.top_p < 1 else 2.0 for row in rows]
+        return Filters(self._per_token(rows, top_k), self._per_token(rows, top_p))
 
     def _load_all_weights(self) -> None:
         """Runs one token and one canvas: a damaged tensor must stop the start, not a request."""

@@ -1,0 +1,69 @@
+"""What ``make demo`` runs: loads the demo checkpoint, solves puzzles with the canvas shown live, checks the solutions.
+
+Exits with 1 when fewer than 95 % of the puzzles are solved.
+"""
+
+import argparse
+import sys
+
+import torch
+from solve import CHECKPOINT, as_prompt, as_request, count_solved, held_out, solve_all
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.cli.live import LiveView
+from canvasrt.runtime.generate import run_requests
+from canvasrt.runtime.measure import Tally
+from canvasrt.runtime.torch_runner import TorchRunner
+from canvasrt.serve.tokenizer import TextCodec
+
+GOAL = 0.95
+AT_ONCE = 8
+
+
+def show(runner: TorchRunner, source: Checkpoint, codec: TextCodec, puzzles: int, delay: float) -> None:
+    """One request, drawn while it is denoised, and the verdict on its answer."""
+    grids = held_out(1, puzzles, seed=7)[0]
+    print(as_prompt(grids) + "\n")
+    request = as_request(source, codec, runner.limits.context, as_prompt(grids), seed=1)
+    view = LiveView(codec, 1, delay)
+    answer = ""
+    for event in run_requests(runner, {0: request}):
+        view.update(event)
+        if event.kind == "end":
+            answer = codec.decode(event.state.output)
+    view.close()
+    print(f"{count_solved(answer, grids)} of {puzzles} solved\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--puzzles", type=int, default=128, help="held-out puzzles to solve after the live ones")
+    parser.add_argument("--delay", type=float, default=0.35, help="seconds to show each denoising step for")
+    arguments = parser.parse_args()
+    source = Checkpoint.open(CHECKPOINT)
+    codec = TextCodec.load(CHECKPOINT)
+    runner = TorchRunner(source, slots=AT_ONCE, context=512)
+    delay = arguments.delay if sys.stdout.isatty() else 0.0
+    print("A 6x6 sudoku. Every row, column and 2x3 box must hold 1 to 6; the canvas starts as noise.\n")
+    show(runner, source, codec, puzzles=1, delay=delay)
+    print("Two puzzles in one request: the answer spans two canvases.\n")
+    show(runner, source, codec, puzzles=2, delay=delay)
+    solved = 0
+    for name, at_once in [("one at a time", 1), (f"{AT_ONCE} at once", AT_ONCE)]:
+        tally = Tally()
+        requests = held_out(arguments.puzzles)
+        one = TorchRunner(source, slots=at_once, context=512)
+        solved = solve_all(one, source, codec, requests, tally)
+        figures = tally.figures()
+        print(
+            f"{name}: {solved} of {len(requests)} puzzles solved, {figures['tokens_per_second']:.0f} tokens/s, "
+            f"{figures['steps_per_canvas']:.1f} steps per canvas, "
+            f"{figures['tokens_per_forward']:.1f} tokens per forward"
+        )
+    print(f"(torch {torch.__version__} on {torch.get_num_threads()} CPU threads, float32)")
+    if solved < GOAL * arguments.puzzles:
+        sys.exit(f"fewer than {GOAL:.0%} solved: the checkpoint or the runtime is damaged; run make test")
+
+
+if __name__ == "__main__":
+    main()

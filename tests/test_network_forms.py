@@ -1,0 +1,161 @@
+"""One network in several forms: a mixed call, the expert formulations and the kernels give equal results."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.network.attention import Rotary
+from canvasrt.network.layer import MoeChoice
+from canvasrt.network.moe import expert_layer, route
+from canvasrt.network.text import Canvas, TextInputs, text_network
+from canvasrt.ops.torch_ops import TorchOps
+from canvasrt.ops.torch_weights import TorchWeights
+from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
+from canvasrt.runtime.torch_cache import CacheCall, TorchCache
+from canvasrt.runtime.torch_runner import TorchRunner
+from tiny import Dims, write
+
+CANVAS = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write(tmp_path_factory.mktemp("forms"), seed=21))
+
+
+@dataclass
+class StackedCache:
+    """Row 0 appends through one call, row 1 through another; shorter keys are padded, and masked by ``mask``."""
+
+    calls: tuple[CacheCall, CacheCall]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [call.append(layer, k[i : i + 1], v[i : i + 1]) for i, call in enumerate(self.calls)]
+        longest = max(keys.shape[2] for keys, _ in pairs)
+        stacked = [
+            torch.cat(
+                [torch.nn.functional.pad(pair[which], (0, 0, 0, longest - pair[which].shape[2])) for pair in pairs]
+            )
+            for which in range(2)
+        ]
+        return stacked[0], stacked[1]
+
+    def mask(self, kind: str) -> torch.Tensor:
+        plans = [call.plans[kind] for call in self.calls]
+        longest = max(plan.end - plan.begin for plan in plans)
+        rows = []
+        for plan in plans:
+            mask = torch.zeros(1, 1, 1, plan.end - plan.begin) if plan.mask is None else plan.mask
+            mask = mask.expand(-1, -1, CANVAS, -1)
+            rows.append(torch.nn.functional.pad(mask, (0, longest - mask.shape[-1]), value=-torch.inf))
+        return torch.cat(rows)
+
+
+@torch.inference_mode()
+def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoint) -> None:
+    """One row encodes a chunk while the other denoises a canvas: the form that an engine with both phases runs."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 67, n).astype(np.int32) for n in (20, 31)]
+    chunk, canvas = (rng.integers(0, 67, CANVAS).astype(np.int32) for _ in range(2))
+    uniforms = rng.random(CANVAS, dtype=np.float32)
+    apart, mixed = (TorchRunner(source, slots=2, context=96) for _ in range(2))
+    for runner in (apart, mixed):
+        runner.encode([EncodeRow(slot, prompt, 0) for slot, prompt in enumerate(prompts)])
+        runner.denoise([DenoiseRow(1, canvas, 0.7, uniforms, first=True)])  # leaves a self-conditioning signal
+    row = DenoiseRow(1, canvas, 0.5, uniforms, first=False, want_logits=True)
+    expected = apart.denoise([row])[0]
+    apart.encode([EncodeRow(0, chunk, 20)])
+
+    cache: TorchCache = mixed._cache
+    calls = (cache.open([0], [CANVAS], CANVAS, causal=True), cache.open([1], [CANVAS], CANVAS, causal=False))
+    stacked = StackedCache(calls)
+    rotary = [mixed._rotary_of(call) for call in calls]
+    soft = torch.stack([torch.zeros_like(mixed._soft[1]), mixed._soft[1]])
+    inputs = TextInputs(
+        tokens=torch.from_numpy(np.stack([chunk, canvas]).astype(np.int64)),
+        rotary={
+            kind: Rotary(*(torch.cat([getattr(r[kind], part) for r in rotary]) for part in ("cos", "signed_sin")))
+            for kind in ("full", "sliding")
+        },
+        masks={kind: stacked.mask(kind) for kind in ("full", "sliding")},
+        cache=stacked,
+        canvas=Canvas(
+            soft_embeddings=soft,
+            temperature=torch.full((CANVAS, 1), 0.5),
+            uniforms=torch.from_numpy(uniforms).view(-1, 1),
+            filters=None,
+            head_rows=torch.arange(CANVAS, 2 * CANVAS),  # only the canvas goes through head and sampler
+        ),
+        is_canvas=torch.tensor([False, True]).view(2, 1, 1).expand(2, CANVAS, 1),
+    )
+    prediction = text_network(mixed._ops, source.spec, inputs, "mixed", MoeChoice("dense")).prediction
+    assert prediction is not None
+    cache.commit(0, CANVAS)
+    np.testing.assert_allclose(prediction.logits.numpy(), expected.logits, atol=2e-4)
+    np.testing.assert_array_equal(prediction.sampled.numpy(), expected.sampled)
+    for layer in range(len(source.spec.layers)):
+        for ours, theirs in zip(mixed.stored(layer, 0), apart.stored(layer, 0), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathFactory, tokens: int) -> None:
+    source = Checkpoint.open(write(tmp_path_factory.mktemp("moe"), Dims(experts=7, top_k=3), seed=tokens))
+    ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
+    routing = route(ops, source.spec, 1, ops.rms(x, 1e-6))
+    assert routing.experts.shape == (tokens, 3)
+    results = {}
+    for name in ("dense", "capacity", "sparse"):
+        results[name], over = expert_layer(ops, source.spec, 1, x, routing, name, tokens)
+        assert over is None or over.item() <= 0
+    torch.testing.assert_close(results["dense"], results["sparse"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results["capacity"], results["sparse"], atol=1e-5, rtol=1e-5)
+
+
+def test_capacity_counts_exactly_the_tokens_that_do_not_fit(source: Checkpoint) -> None:
+    ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    routing = route(ops, source.spec, 0, ops.rms(x, 1e-6))
+    busiest = int(routing.experts.flatten().bincount().max())
+    for capacity in (busiest - 2, busiest, busiest + 1):
+        _, over = expert_layer(ops, source.spec, 0, x, routing, "capacity", capacity)
+        assert over is not None
+        assert over.item() == busiest - capacity
+
+
+def test_the_onednn_product_equals_the_plain_one(source: Checkpoint) -> None:
+    """It is reached under a private name of torch: this fails when an upgrade changes what is behind it."""
+    ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 32), (3, 5, 32), (700, 32)):
+        x = torch.randn(*shape, generator=generator)
+        matrix = torch.randn(48, 32, generator=generator)
+        torch.testing.assert_close(ops._product(x, matrix), x @ matrix.T, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_batch_of_experts_equals_a_grouped_product(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides of the switch between one grouped product and a loop over the experts, an empty expert included."""
+    ops: Any = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor([10, 10, 25, 40], dtype=torch.int32)
+    grouped = ops._grouped_product(x, matrices, ends)
+    monkeypatch.setattr("canvasrt.ops.torch_ops.LOOP_ROWS", 1)
+    torch.testing.assert_close(ops._grouped_product(x, matrices, ends), grouped, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_ask_for_filters_do_not_change_rows_that_do_not(source: Checkpoint) -> None:
+    rng = np.random.default_rng(3)
+    runner = TorchRunner(source, slots=2, context=64)
+    runner.encode([EncodeRow(slot, rng.integers(0, 67, 9).astype(np.int32), 0) for slot in (0, 1)])
+    canvas, uniforms = rng.integers(0, 67, CANVAS).astype(np.int32), rng.random(CANVAS, dtype=np.float32)
+    plain = DenoiseRow(0, canvas, 0.6, uniforms, first=True)
+    alone = runner.denoise([plain, replace(plain, slot=1)])[0]
+    beside = runner.denoise([plain, replace(plain, slot=1, top_k=2, top_p=0.5)])[0]
+    np.testing.assert_array_equal(alone.sampled, beside.sampled)
+    np.testing.assert_array_equal(alone.entropy, beside.entropy)
