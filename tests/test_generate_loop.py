@@ -88,7 +88,7 @@ class TableRunner:
 
     def __init__(self, model: TableModel, slots: int) -> None:
         canvas, vocabulary = model.shape
-        self.limits = RunnerLimits(slots, 4096, 7, canvas, vocabulary)
+        self.limits = RunnerLimits(slots, 256, 7, canvas, vocabulary)
         self.model = model
         self.contexts: list[list[int]] = [[] for _ in range(slots)]
         self.previous: list[torch.Tensor | None] = [None] * slots
@@ -102,6 +102,7 @@ class TableRunner:
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         for row in rows:
             self.contexts[row.slot] = self.contexts[row.slot][: row.position] + row.tokens.tolist()
+            assert self.length(row.slot) < self.limits.context, "a request that never ends"
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
         return [self.denoise_row(row) for row in rows]

@@ -10,9 +10,9 @@ from canvasrt.checkpoint import Checkpoint
 from canvasrt.diffusion.params import RequestParams
 from canvasrt.diffusion.request import RequestState
 from canvasrt.reference.model import ReferenceModel
+from canvasrt.reference.noise import shared_noise
 from canvasrt.runtime.generate import run_requests
 from canvasrt.runtime.torch_runner import TorchRunner
-from reference_noise import shared_noise
 from tiny import Dims, write
 
 DIMS = Dims(context=512, embedding_scale=2.5)

@@ -108,7 +108,7 @@ def test_a_malformed_row_to_denoise_is_refused_and_its_good_neighbour_not_run(
 ) -> None:
     runner = opened()
     with pytest.raises(error, match=message):
-        runner.denoise([denoise_row(slot=0), row])
+        runner.denoise([denoise_row(slot=0, first=False), row])
     assert_unchanged(runner)
 
 

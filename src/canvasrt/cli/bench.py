@@ -56,7 +56,7 @@ def bench(
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens per request.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every request.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; each next one has the next seed.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -70,8 +70,11 @@ def bench(
     source = Checkpoint.open(checkpoint)
     config = GenerationConfig.load(source.folder)
     texts = _prompts(source, prompts)
-    options = RequestOptions.parse(seed=seed, max_tokens=max_tokens)
-    params = [params_for(source, config, options, tokens, source.spec.max_context) for tokens in texts]
+    options = [RequestOptions.parse(seed=seed + index, max_tokens=max_tokens) for index in range(len(texts))]
+    params = [
+        params_for(source, config, each, tokens, source.spec.max_context)
+        for each, tokens in zip(options, texts, strict=True)
+    ]
     if against and len({each.max_tokens for each in params}) > 1:
         raise InputError(
             "transformers takes one max_tokens for a whole batch: set --max-tokens to what every prompt allows"
@@ -100,23 +103,28 @@ def bench(
 
 
 def _run(runner: Any, reference: Any, groups: Sequence[Any], level: int, advance: Any) -> dict[str, Any]:
-    """One concurrency: both sides take turns group by group, so that a noisy machine is noisy for both."""
-    ours, theirs = Tally(), Tally()
+    """One concurrency: both sides take turns group by group, so that a noisy machine is noisy for both.
+
+    They draw the same noise too, so that the ratio is about speed and not about who drew the luckier canvas.
+    """
+    ours, theirs, same = Tally(), Tally(), 0
     for index, (prompts, params) in enumerate([groups[0], *groups]):
         warming = index == 0
         states = {
             i: RequestState.new(each, tokens) for i, (tokens, each) in enumerate(zip(prompts, params, strict=True))
         }
-        measure(runner, states, Tally() if warming else ours)
+        answers = measure(runner, states, Tally() if warming else ours)
         if reference is not None:
             from canvasrt.reference.measure import measure_reference
 
-            measure_reference(reference, prompts, params[0], Tally() if warming else theirs)
+            expected = measure_reference(reference, prompts, params, Tally() if warming else theirs)
+            same += sum(list(a.output) == b for a, b in zip(answers, expected, strict=True)) * (not warming)
         if not warming:
             advance()
     run: dict[str, Any] = {"concurrency": level, "canvasrt": ours.figures()}
     if reference is not None:
         run["transformers"] = theirs.figures()
+        run["same_answers"] = same / ours.requests
         run["ratio"] = run["canvasrt"]["tokens_per_second"] / run["transformers"]["tokens_per_second"]
     return run
 
@@ -172,4 +180,4 @@ def _print(runs: Sequence[dict[str, Any]]) -> None:
             table.add_row(name, *(f"{run[column][key]:.1f}" for column in columns))
         Console().print(table)
         if compared:
-            typer.echo(f"canvasrt / transformers in tokens/s: {run['ratio']:.2f}")
+            typer.echo(f"canvasrt / transformers in tokens/s: {run['ratio']:.2f}; same text: {run['same_answers']:.0%}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from canvasrt.errors import CheckpointError, InputError
 
@@ -20,6 +20,14 @@ Steps = Annotated[int, Field(ge=1, le=1024)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[tuple[TokenId, ...], BeforeValidator(lambda value: (value,) if isinstance(value, int) else value)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+# JSON has lists only, and a strict model takes no list for a tuple.
+FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+# Below it, the schedule reaches a temperature that float32 can't tell from 0 within the steps allowed.
+LEAST_T_MAX = 1e-3
+_SHOWN_CHARACTERS = 60
 
 
 class _Sampler(BaseModel):
@@ -44,7 +52,7 @@ class GenerationConfig(BaseModel):
     stability_threshold: Annotated[int, Field(ge=0, le=1024)] = 1
     confidence_threshold: Positive = 0.005
     sampler_config: _Sampler = _Sampler.model_validate({"entropy_bound": 0.1})
-    eos_token_id: tuple[TokenId, ...] | TokenId | None = None
+    eos_token_id: Annotated[TokenIds, FromList] | None = None
     pad_token_id: TokenId | None = None
 
     @classmethod
@@ -58,7 +66,7 @@ class GenerationConfig(BaseModel):
             return cls()
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -72,9 +80,12 @@ class GenerationConfig(BaseModel):
                 "Use a checkpoint made for that sampler, or a newer CanvasRT."
             )
         try:
-            return cls.model_validate(values)
+            config = cls.model_validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             raise CheckpointError(f"{path}: {_lines(error)}") from None
+        if config.t_max < config.t_min:
+            raise CheckpointError(f"{path}: t_max {config.t_max} is below t_min {config.t_min}")
+        return config
 
 
 class RequestOptions(BaseModel):
@@ -90,10 +101,10 @@ class RequestOptions(BaseModel):
     entropy_bound: Positive | None = None
     stability_threshold: Annotated[int, Field(ge=0, le=1024)] | None = None
     confidence_threshold: Positive | None = None
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=16)
-    stop_token_ids: tuple[TokenId, ...] = Field((), max_length=64)
+    stop: Annotated[tuple[StopText, ...], FromList] = Field((), max_length=16)
+    stop_token_ids: Annotated[tuple[TokenId, ...], FromList] = Field((), max_length=64)
     ignore_eos: bool = False
 
     @classmethod
@@ -146,12 +157,13 @@ def resolve(
         raise InputError("the prompt is empty: at least one token is needed")
     t_min = config.t_min if options.t_min is None else options.t_min
     t_max = config.t_max if options.t_max is None else options.t_max
-    if t_max < t_min or t_max == 0:
-        raise InputError(f"t_max must be at least t_min and greater than 0, not t_min {t_min} with t_max {t_max}")
+    if t_max < t_min or t_max < LEAST_T_MAX:
+        raise InputError(
+            f"t_max must be at least t_min and at least {LEAST_T_MAX}, not t_min {t_min} with t_max {t_max}"
+        )
     if outside := [token for token in options.stop_token_ids if token >= vocabulary]:
         raise InputError(f"stop_token_ids: {outside} lie outside the vocabulary of {vocabulary}")
-    listed = config.eos_token_id if config.eos_token_id is not None else eos_token_ids
-    eos = (listed,) if isinstance(listed, int) else listed
+    eos = config.eos_token_id if config.eos_token_id is not None else eos_token_ids
     return RequestParams(
         seed=secrets.randbits(64) if options.seed is None else options.seed,
         max_tokens=_max_tokens(config, options, canvas, prompt_tokens, context),
@@ -196,7 +208,9 @@ def _lines(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"])
-        found = "" if item["type"] == "missing" else f", found {item['input']!r}"
+        value = repr(item["input"])
+        value = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}..."
+        found = "" if item["type"] == "missing" else f", found {value}"
         message = "unknown option" if item["type"] == "extra_forbidden" else item["msg"]
         problems.append(f"{place}: {message}{found}")
     return "; ".join(problems)

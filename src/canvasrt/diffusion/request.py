@@ -56,8 +56,8 @@ class RequestState:
         return state._finished_canvas(argmax) if canvas.done else state
 
     def stopped(self) -> "RequestState":
-        """Ended from outside the token ids, by a stop string."""
-        return replace(self, finish_reason="stop")
+        """Ended from outside the token ids, by a stop string: nothing is left to encode."""
+        return replace(self, finish_reason="stop", to_encode=self.to_encode[:0])
 
     def _finished_canvas(self, tokens: NDArray[np.int32]) -> "RequestState":
         """The result of a canvas is its last argmax canvas, cut at the first stop token or at max_tokens."""

@@ -43,11 +43,14 @@ def _project(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotar
         names.append(prefix + "v_proj.weight")
     heads = ops.reshape(ops.linear(x, *names), (0, 0, -1, layer.head_dim))
     normed = ops.rms(heads, spec.rms_norm_eps)
-    q, k, *rest = ops.split(normed, [spec.heads, layer.kv_heads] + [layer.kv_heads] * (len(names) - 2), axis=2)
     # Full layers have no value projection: the value is the key projection, normed without weight and not rotated.
-    v = rest[0] if rest else k
-    q = ops.multiply(q, ops.weight(prefix + "q_norm.weight", "float32"))
-    k = ops.multiply(k, ops.weight(prefix + "k_norm.weight", "float32"))
-    q = ops.cast(ops.rotate(q, rotary.cos, rotary.signed_sin), "model")
-    k = ops.cast(ops.rotate(k, rotary.cos, rotary.signed_sin), "model")
+    both = spec.heads + layer.kv_heads
+    queries_and_keys, v = (
+        (normed, ops.split(normed, [spec.heads, layer.kv_heads], axis=2)[1])
+        if layer.value_is_key
+        else ops.split(normed, [both, layer.kv_heads], axis=2)
+    )
+    scales = ops.head_weights((prefix + "q_norm.weight", spec.heads), (prefix + "k_norm.weight", layer.kv_heads))
+    rotated = ops.rotate(ops.multiply(queries_and_keys, scales), rotary.cos, rotary.signed_sin)
+    q, k = ops.split(ops.cast(rotated, "model"), [spec.heads, layer.kv_heads], axis=2)
     return q, k, ops.cast(v, "model")

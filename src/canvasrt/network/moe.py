@@ -56,8 +56,7 @@ def expert_layer(
 
 
 def _dense(ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str) -> T:
-    chosen = ops.one_hot(routing.experts, spec.experts)  # (tokens, k, experts)
-    weights = ops.sum(ops.multiply(chosen, ops.reshape(routing.weights, (0, spec.experts_per_token, 1))), axis=1)
+    weights = ops.spread(routing.weights, routing.experts, spec.experts)
     hidden = ops.reshape(ops.experts_merged(x, gate_up), (-1, spec.experts, 2 * spec.expert_size))
     hidden = ops.gated_gelu(hidden)
     hidden = ops.multiply(hidden, ops.reshape(ops.cast(weights, "model"), (-1, spec.experts, 1)))
@@ -67,8 +66,7 @@ def _dense(ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str
 def _capacity(
     ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str, capacity: int
 ) -> tuple[T, T]:
-    chosen = ops.one_hot(routing.experts, spec.experts)  # (tokens, k, experts)
-    selected = ops.reshape(ops.sum(chosen, axis=1), (0, spec.experts))
+    selected = ops.spread(ops.add(ops.multiply(routing.weights, 0.0), 1.0), routing.experts, spec.experts)
     # The token's place in each expert's queue, in token order; -1 where the expert was not chosen.
     place = ops.subtract(ops.multiply(ops.cumulative_sum(selected, axis=0), selected), 1.0)  # (tokens, experts)
     over = ops.subtract(ops.max(ops.max(place, axis=0), axis=1), float(capacity - 1))

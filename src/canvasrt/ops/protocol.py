@@ -28,6 +28,10 @@ class Ops(Protocol[T]):
         """A small tensor (norm weight, scale, layer scalar) as it is stored."""
         ...
 
+    def head_weights(self, *parts: tuple[str, int]) -> T:
+        """For each (name, heads) the vector (dim,) once per head, below each other: (sum of heads, dim) in float32."""
+        ...
+
     def linear(self, x: T, *names: str) -> T:
         """x (..., in) times the transposed matrices (out_i, in), side by side: (..., sum of out_i)."""
         ...
@@ -121,6 +125,10 @@ class Ops(Protocol[T]):
     def cumulative_sum(self, x: T, axis: int) -> T: ...
     def one_hot(self, indices: T, depth: int) -> T:
         """(...) to (..., depth) in float32; an index outside 0..depth-1 gives zeros."""
+        ...
+
+    def spread(self, values: T, indices: T, depth: int) -> T:
+        """values (rows, k) put at indices (rows, k) of zeros (rows, depth); the indices of a row differ."""
         ...
 
     def row_numbers(self, x: T) -> T:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from canvasrt.diffusion.params import RequestParams
-from canvasrt.reference.model import ReferenceAnswer, ReferenceModel
+from canvasrt.reference.model import ReferenceModel
+from canvasrt.reference.noise import shared_noise
 from canvasrt.runtime.measure import Tally
 
 
@@ -42,20 +43,27 @@ class _Streamer:
 
 
 def measure_reference(
-    model: ReferenceModel, prompts: Sequence[NDArray[np.int32]], params: RequestParams, tally: Tally
-) -> list[ReferenceAnswer]:
-    """Generates for all prompts as one left-padded batch and adds to ``tally``. A step is timed from draft to draft."""
-    streamer = _Streamer()
-    answers = model.generate(prompts, params, streamer)
+    model: ReferenceModel, prompts: Sequence[NDArray[np.int32]], params: Sequence[RequestParams], tally: Tally
+) -> list[list[int]]:
+    """Generates for all prompts as one left-padded batch, with the noise of ``params``, and adds to ``tally``.
+
+    Returns the answers without stop tokens and padding. All of ``params`` but the seeds must be equal. A step is timed
+    from draft to draft.
+    """
+    with shared_noise(params):
+        streamer = _Streamer()
+        answers = model.generate(prompts, params[0], streamer)
     tally.seconds += time.perf_counter() - streamer.started
     tally.denoise_seconds += streamer.step_seconds
     tally.calls += streamer.steps
     tally.requests += len(answers)
-    for answer in answers:
-        stops = [index for index, token in enumerate(answer.tokens) if token in params.stop_token_ids]
-        tokens = stops[0] + 1 if stops else min(len(answer.tokens), params.max_tokens)
+    outputs = []
+    for answer, each in zip(answers, params, strict=True):
+        stops = [index for index, token in enumerate(answer.tokens) if token in each.stop_token_ids]
+        outputs.append(answer.tokens[: stops[0]] if stops else answer.tokens[: each.max_tokens])
+        tokens = len(outputs[-1]) + bool(stops)
         tally.tokens += tokens
-        tally.canvases += -(-tokens // params.canvas)
+        tally.canvases += -(-tokens // each.canvas)
         tally.passes += round(answer.passes)
     tally.first_canvas_seconds += [streamer.first_canvas] * len(answers)
-    return answers
+    return outputs

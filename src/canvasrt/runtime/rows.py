@@ -70,6 +70,8 @@ def _check_slots(limits: RunnerLimits, slots: list[int]) -> None:
 
 
 def _check_tokens(limits: RunnerLimits, slot: int, tokens: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
+    if tokens.dtype != np.int32:
+        raise InputError(f"slot {slot}: token ids must be int32, not {tokens.dtype}")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= limits.vocabulary:
         bad = low if low < 0 else high

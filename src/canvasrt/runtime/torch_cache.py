@@ -133,6 +133,9 @@ class TorchCache:
         neighbours = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         return _Plan(
             write=write.flatten().to(self._device),
+            write_range=slice(int(write[0, 0]), int(write[0, 0]) + width)
+            if len(slots) == 1 and counts[0] == width
+            else None,
             slots=torch.tensor(slots, device=self._device),
             slot_range=slice(slots[0], slots[0] + len(slots)) if neighbours else None,
             begin=begin,
@@ -157,7 +160,10 @@ class TorchCache:
 
     def _write_one(self, layer: int, which: int, plan: "_Plan", new: Tensor) -> Tensor:
         flat = self._flat[layer][which]
-        flat.index_copy_(0, plan.write, new.reshape(-1, *flat.shape[1:]))
+        if plan.write_range is not None:
+            flat[plan.write_range] = new[0]
+        else:
+            flat.index_copy_(0, plan.write, new.reshape(-1, *flat.shape[1:]))
         view = self._views[layer][which]
         if plan.slot_range is not None:
             seen = view[plan.slot_range, plan.begin : plan.end]
@@ -187,6 +193,7 @@ class _Plan:
     """One call's use of the buffers of one kind of layer."""
 
     write: Tensor  # (rows * width,) flat row that each new token goes to
+    write_range: slice | None  # the same, for a single row without padding: a plain copy
     slots: Tensor  # (rows,)
     slot_range: slice | None  # the same, when the slots are neighbours: then reading copies nothing
     begin: int  # buffer rows read: [begin, end)

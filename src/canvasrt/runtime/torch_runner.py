@@ -28,6 +28,7 @@ from canvasrt.spec import LayerKind, LayerSpec
 Tensor = torch.Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DENSE_PRODUCTS = 12_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
 CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
 
 
@@ -35,7 +36,8 @@ class TorchRunner:
     """Runs a checkpoint with torch.
 
     ``device`` is "cpu" or "cuda"; ``dtype`` "float32" or "bfloat16"; ``context`` is tokens per slot, the model's
-    maximum by default; ``moe`` picks the formulation of the expert layer, ``sparse`` by default.
+    maximum by default; ``moe`` picks the formulation of the expert layer; by default ``dense`` for few
+    tokens and small experts, else ``sparse``.
     Raises CapacityError when the memory does not suffice or the context exceeds the model, CheckpointError for NaN
     weights, InputError for an unknown device or dtype.
     """
@@ -67,7 +69,7 @@ class TorchRunner:
         available = _available_bytes(self._device)
         self.memory: MemoryBudget = check_budget(spec, self._limits, torch_dtype.itemsize, available)
         self._dtype = torch_dtype
-        self._moe = moe or MoeChoice("sparse")
+        self._moe = moe
         self._ops = TorchOps(TorchWeights(checkpoint, self._device, torch_dtype))
         self._cache = TorchCache(spec, self._limits, self._device, torch_dtype)
         self._soft = torch.zeros(slots, spec.canvas_length, spec.hidden_size, device=self._device, dtype=torch_dtype)
@@ -137,10 +139,8 @@ class TorchRunner:
         call = self._cache.open(slots, [size] * len(rows), size, causal=False)
         tokens = torch.from_numpy(np.stack([row.canvas for row in rows]).astype(np.int64)).to(self._device)
         slot_index = torch.tensor(slots, device=self._device)
-        kept = self._per_token(rows, [0.0 if row.first else 1.0 for row in rows]).view(len(rows), size, 1)
         canvas = Canvas(
-            # where, not a product: the signal of a slot's previous request must not leak, not even as 0 * NaN
-            soft_embeddings=torch.where(kept > 0, self._soft[slot_index], torch.zeros((), dtype=self._dtype)),
+            soft_embeddings=self._signals(rows, slot_index),
             temperature=self._per_token(rows, [row.temperature for row in rows]),
             uniforms=torch.from_numpy(np.concatenate([row.uniforms for row in rows])).to(self._device).view(-1, 1),
             filters=self._filters(rows),
@@ -148,18 +148,25 @@ class TorchRunner:
         )
         prediction = self._run("decoder", tokens, call, canvas)
         assert prediction is not None  # the decoder phase always predicts
-        self._soft[slot_index] = prediction.soft_embeddings.view(len(rows), size, -1)
+        self._soft.index_copy_(0, slot_index, prediction.soft_embeddings.view(len(rows), size, -1))
         return _results(rows, prediction, size)
 
     def _run(
         self, phase: Phase, tokens: Tensor, call: CacheCall, canvas: Canvas[Tensor] | None
     ) -> Prediction[Tensor] | None:
         inputs = TextInputs(tokens, self._rotary_of(call), call.masks, call, canvas)
-        outputs = text_network(self._ops, self._spec, inputs, phase, self._moe)
+        outputs = text_network(self._ops, self._spec, inputs, phase, self._moe or self._formulation(tokens.numel()))
         if outputs.over_capacity is not None and outputs.over_capacity.item() > 0:
             # Repeating is safe: the call writes the same places again.
             outputs = text_network(self._ops, self._spec, inputs, phase, MoeChoice("sparse"))
         return outputs.prediction
+
+    def _formulation(self, tokens: int) -> MoeChoice:
+        """Few tokens and small experts: one dense product costs less than sorting tokens by expert."""
+        spec = self._spec
+        products = 3 * tokens * spec.experts * spec.expert_size * spec.hidden_size
+        small = self._device.type == "cpu" and products <= DENSE_PRODUCTS
+        return MoeChoice("dense" if small else "sparse")
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
         if self._rotary[0] is not call:
@@ -174,8 +181,16 @@ class TorchRunner:
 
     def _per_token(self, rows: Sequence[DenoiseRow], values: list[float]) -> Tensor:
         """(rows * canvas, 1) float32 from one value per row."""
-        per_row = torch.tensor(values, dtype=torch.float32, device=self._device)
-        return per_row.repeat_interleave(self._limits.canvas).view(-1, 1)
+        per_token = np.repeat(np.array(values, dtype=np.float32), self._limits.canvas)
+        return torch.from_numpy(per_token).to(self._device).view(-1, 1)
+
+    def _signals(self, rows: Sequence[DenoiseRow], slots: Tensor) -> Tensor:
+        """(rows, canvas, hidden): what each slot kept from its last step, zero for a canvas's first."""
+        kept = self._soft.index_select(0, slots)
+        for index, row in enumerate(rows):
+            if row.first:
+                kept[index] = 0  # set, not multiplied: nothing of an earlier request may leak, not even as 0 * NaN
+        return kept
 
     def _filters(self, rows: Sequence[DenoiseRow]) -> Filters[Tensor] | None:
         vocabulary = self._limits.vocabulary
