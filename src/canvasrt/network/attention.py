@@ -23,7 +23,7 @@ class Rotary(Generic[T]):
 def attention_block(
     ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotary[T], mask: T | None, cache: Cache[T]
 ) -> T:
-    """x (rows, tokens, hidden), already normed, to the output projection's result of the same shape."""
+    """x (rows, tokens, hidden) normed, without the norm's weight: the output projection's result of the same shape."""
     q, k, v = _project(ops, spec, layer, x, rotary)
     keys, values = cache.append(layer.index, k, v)
     mixed = ops.attention(q, keys, values, mask)
@@ -41,7 +41,8 @@ def _project(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotar
     names = [prefix + "q_proj.weight", prefix + "k_proj.weight"]
     if not layer.value_is_key:
         names.append(prefix + "v_proj.weight")
-    heads = ops.reshape(ops.linear(x, *names), (0, 0, -1, layer.head_dim))
+    projected = ops.linear_scaled(x, decoder_layer(layer.index) + "input_layernorm.weight", *names)
+    heads = ops.reshape(projected, (0, 0, -1, layer.head_dim))
     normed = ops.rms(heads, spec.rms_norm_eps)
     # Full layers have no value projection: the value is the key projection, normed without weight and not rotated.
     both = spec.heads + layer.kv_heads

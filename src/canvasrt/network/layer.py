@@ -45,34 +45,31 @@ def transformer_layer(
     moe: MoeChoice,
 ) -> tuple[T, T | None]:
     """x (rows, tokens, hidden) and its layer scalar, (1,) or (rows, tokens, 1): (new x, tokens over MoE capacity)."""
-    prefix = decoder_layer(layer.index)
-    attended = attention_block(
-        ops, spec, layer, norm(ops, spec, x, prefix + "input_layernorm.weight"), rotary, mask, cache
-    )
-    x = ops.add(x, norm(ops, spec, attended, prefix + "post_attention_layernorm.weight"))
+    prefix, eps = decoder_layer(layer.index), spec.rms_norm_eps
+    attended = attention_block(ops, spec, layer, ops.rms(x, eps), rotary, mask, cache)
+    x = ops.add_scaled(x, ops.rms(attended, eps), prefix + "post_attention_layernorm.weight")
     # Router, experts and MLP read the same residual through three norms that share everything but the weight.
-    normed = ops.reshape(ops.rms(x, spec.rms_norm_eps), (-1, spec.hidden_size))
-    mlp = ops.gated_gelu(
-        ops.linear(
-            weighted(ops, normed, prefix + "pre_feedforward_layernorm.weight"),
-            prefix + "mlp.gate_proj.weight",
-            prefix + "mlp.up_proj.weight",
-        )
+    normed = ops.rms(ops.reshape(x, (-1, spec.hidden_size)), eps)
+    mlp = ops.linear_scaled(
+        normed,
+        prefix + "pre_feedforward_layernorm.weight",
+        prefix + "mlp.gate_proj.weight",
+        prefix + "mlp.up_proj.weight",
     )
-    mlp = ops.linear(mlp, prefix + "mlp.down_proj.weight")
+    mlp = ops.linear(ops.gated_gelu(mlp), prefix + "mlp.down_proj.weight")
     expert_input = weighted(ops, normed, prefix + "pre_feedforward_layernorm_2.weight")
     routing = route(ops, spec, layer.index, normed)
     experts, over = expert_layer(ops, spec, layer.index, expert_input, routing, moe.formulation, moe.capacity)
-    both = ops.add(
-        norm(ops, spec, mlp, prefix + "post_feedforward_layernorm_1.weight"),
-        norm(ops, spec, experts, prefix + "post_feedforward_layernorm_2.weight"),
+    both = ops.add_scaled(
+        weighted(ops, ops.rms(mlp, eps), prefix + "post_feedforward_layernorm_1.weight"),
+        ops.rms(experts, eps),
+        prefix + "post_feedforward_layernorm_2.weight",
     )
-    both = norm(ops, spec, both, prefix + "post_feedforward_layernorm.weight")
-    return ops.multiply(ops.add(x, ops.reshape_like(both, x)), scalar), over
+    normed = ops.reshape_like(ops.rms(both, eps), x)
+    x = ops.add_scaled(x, normed, prefix + "post_feedforward_layernorm.weight")
+    return ops.multiply(x, scalar), over
 
 
 def context_tail(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotary[T], cache: Cache[T]) -> None:
     """The last layer of a call that only fills the context: its K and V, and nothing that nobody reads."""
-    append_only(
-        ops, spec, layer, norm(ops, spec, x, decoder_layer(layer.index) + "input_layernorm.weight"), rotary, cache
-    )
+    append_only(ops, spec, layer, ops.rms(x, spec.rms_norm_eps), rotary, cache)

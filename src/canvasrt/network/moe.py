@@ -29,8 +29,7 @@ class Routing(Generic[T]):
 def route(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> Routing[T]:
     """``normed`` (tokens, hidden) is the raw residual after a norm without weight, in float32."""
     prefix = decoder_layer(layer) + "router."
-    scaled = ops.multiply(ops.multiply(normed, ops.weight(prefix + "scale", "float32")), spec.hidden_size**-0.5)
-    scores = ops.linear(ops.cast(scaled, "model"), prefix + "proj.weight")
+    scores = ops.linear_scaled(normed, prefix + "scale", prefix + "proj.weight", factor=spec.hidden_size**-0.5)
     chosen, experts = ops.top_k(ops.softmax(ops.cast(scores, "float32")), spec.experts_per_token)
     chosen = ops.divide(chosen, ops.sum(chosen, axis=-1))
     flat = ops.reshape(experts, (-1,))

@@ -75,8 +75,13 @@ def _embed(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase) ->
     x = ops.multiply(ops.embedding(inputs.tokens, EMBEDDING), ops.rounded(spec.hidden_size**0.5))
     if inputs.canvas is None:
         return x
-    signal = norm(ops, spec, inputs.canvas.soft_embeddings, SELF_CONDITIONING + "pre_norm.weight")
-    gates = ops.linear(signal, SELF_CONDITIONING + "gate_proj.weight", SELF_CONDITIONING + "up_proj.weight")
+    signal = ops.rms(inputs.canvas.soft_embeddings, spec.rms_norm_eps)
+    gates = ops.linear_scaled(
+        signal,
+        SELF_CONDITIONING + "pre_norm.weight",
+        SELF_CONDITIONING + "gate_proj.weight",
+        SELF_CONDITIONING + "up_proj.weight",
+    )
     signal = ops.linear(ops.gated_gelu(gates), SELF_CONDITIONING + "down_proj.weight")
     # The norm without weight applies at the first step too, where the signal is zero.
     conditioned = ops.cast(ops.rms(ops.add(x, signal), spec.rms_norm_eps), "model")

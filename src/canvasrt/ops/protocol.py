@@ -36,6 +36,13 @@ class Ops(Protocol[T]):
         """x (..., in) times the transposed matrices (out_i, in), side by side: (..., sum of out_i)."""
         ...
 
+    def linear_scaled(self, normed: T, scale: str, *names: str, factor: float = 1.0) -> T:
+        """``linear`` of normed (..., in) float32 times the vector ``scale`` and ``factor``: a norm and what follows.
+
+        A lowering may fold the vector into the matrices where that rounds no worse.
+        """
+        ...
+
     def linear_transposed(self, x: T, name: str) -> T:
         """x (..., out) times one matrix (out, in): (..., in). The way back through a tied embedding."""
         ...
@@ -85,6 +92,10 @@ class Ops(Protocol[T]):
     def tanh(self, x: T) -> T: ...
     def gated_gelu(self, x: T) -> T:
         """x (..., 2n) as gate and up halves: gelu_tanh(gate) * up, (..., n)."""
+        ...
+
+    def add_scaled(self, x: T, normed: T, scale: str) -> T:
+        """x plus normed (float32, same shape) times the vector ``scale``, in the model's precision."""
         ...
 
     def rms(self, x: T, eps: float) -> T:

@@ -38,6 +38,12 @@ class TorchOps:
     def linear(self, x: Tensor, *names: str) -> Tensor:
         return self._product(x, self._weights.fused(names))
 
+    def linear_scaled(self, normed: Tensor, scale: str, *names: str, factor: float = 1.0) -> Tensor:
+        if self._dtype == torch.float32:
+            return self._product(normed, self._weights.scaled(names, scale, factor))
+        scaled = normed * self._weights.small(scale, torch.float32)
+        return self.linear((scaled if factor == 1.0 else scaled * factor).to(self._dtype), *names)
+
     def linear_transposed(self, x: Tensor, name: str) -> Tensor:
         return x @ self._weights.fused((name,))
 
@@ -103,7 +109,13 @@ class TorchOps:
 
     def gated_gelu(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return functional.gelu(gate, approximate="tanh") * up
+        return functional.gelu(gate, approximate="tanh").mul_(up)
+
+    def add_scaled(self, x: Tensor, normed: Tensor, scale: str) -> Tensor:
+        weight = self._weights.small(scale, torch.float32)
+        if self._dtype == torch.float32:
+            return torch.addcmul(x, normed, weight)
+        return x + (normed * weight).to(self._dtype)  # rounded before the sum, as in the reference
 
     def rms(self, x: Tensor, eps: float) -> Tensor:
         x = x.float()

@@ -39,6 +39,14 @@ class TorchWeights:
             self._kept[names] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._kept[names]
 
+    def scaled(self, names: tuple[str, ...], scale: str, factor: float) -> torch.Tensor:
+        """``fused`` with every input column times ``scale`` (in,) and ``factor``."""
+        key = (*names, scale, str(factor))
+        if key not in self._kept:
+            column = self._load(scale, torch.float32) * factor
+            self._kept[key] = torch.cat([self._load(name, torch.float32) * column for name in names]).to(self.dtype)
+        return self._kept[key]
+
     def summed_experts(self, name: str) -> torch.Tensor:
         """(experts, out, in) as one matrix (out, experts * in), whose product sums over the experts."""
         key = (name, "summed")
