@@ -65,12 +65,13 @@ def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoi
     for runner in (apart, mixed):
         runner.encode([EncodeRow(slot, prompt, 0) for slot, prompt in enumerate(prompts)])
         runner.denoise([DenoiseRow(1, canvas, 0.7, uniforms, first=True)])  # leaves a self-conditioning signal
+        runner._encode_pending([0])
     row = DenoiseRow(1, canvas, 0.5, uniforms, first=False, want_logits=True)
     expected = apart.denoise([row])[0]
     apart.encode([EncodeRow(0, chunk, 20)])
 
     cache: TorchCache = mixed._cache
-    calls = (cache.open([0], [CANVAS], CANVAS, causal=True), cache.open([1], [CANVAS], CANVAS, causal=False))
+    calls = (cache.open([0], [CANVAS], CANVAS, canvas=0), cache.open([1], [CANVAS], CANVAS, canvas=CANVAS))
     stacked = StackedCache(calls)
     rotary = [mixed._rotary_of(call) for call in calls]
     soft = torch.stack([torch.zeros_like(mixed._soft[1]), mixed._soft[1]])

@@ -64,10 +64,10 @@ def plant_window_per_query(patch: pytest.MonkeyPatch) -> None:
     original = canvasrt.runtime.torch_cache.TorchCache._plan
 
     def wrong(
-        self: Any, kind: str, slots: Any, held: torch.Tensor, counts: Any, width: int, window: Any, causal: bool
+        self: Any, kind: str, slots: Any, held: torch.Tensor, counts: Any, width: int, window: Any, canvas: int
     ) -> Any:
-        plan = original(self, kind, slots, held, counts, width, window, causal)
-        if causal or window is None:
+        plan = original(self, kind, slots, held, counts, width, window, canvas)
+        if canvas == 0 or window is None:
             return plan
         query = (held + torch.arange(width)).unsqueeze(-1)
         key = torch.arange(plan.begin, plan.end)
@@ -81,9 +81,9 @@ def plant_one_more_committed_token(patch: pytest.MonkeyPatch) -> None:
     """The canvas sees ``window`` committed tokens (the static-cache variant) instead of window - 1."""
     original = canvasrt.runtime.torch_cache.TorchCache._plan
 
-    def wrong(self: Any, kind: str, slots: Any, held: Any, counts: Any, width: int, window: Any, causal: bool) -> Any:
-        wider = window + 1 if window is not None and not causal else window
-        return original(self, kind, slots, held, counts, width, wider, causal)
+    def wrong(self: Any, kind: str, slots: Any, held: Any, counts: Any, width: int, window: Any, canvas: int) -> Any:
+        wider = window + 1 if window is not None and canvas else window
+        return original(self, kind, slots, held, counts, width, wider, canvas)
 
     patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_plan", wrong)
 

@@ -83,12 +83,15 @@ class TorchCache:
         """The ``count`` tokens last written belong to the context now."""
         self._slots[slot].length += count
 
-    def open(self, slots: Sequence[int], counts: Sequence[int], width: int, causal: bool) -> "CacheCall":
-        """Prepares a call that writes counts[i] <= width tokens behind the context of slots[i]."""
+    def open(self, slots: Sequence[int], counts: Sequence[int], width: int, canvas: int) -> "CacheCall":
+        """Prepares a call that writes counts[i] <= width tokens behind the context of slots[i].
+
+        The last ``canvas`` tokens of each row are a canvas, the ones before join the context.
+        """
         for slot, count in zip(slots, counts, strict=True):
             self._make_room(slot, count)
         states = [self._slots[slot] for slot in slots]
-        key = (tuple(slots), tuple((s.length, s.start) for s in states), tuple(counts), width, causal)
+        key = (tuple(slots), tuple((s.length, s.start) for s in states), tuple(counts), width, canvas)
         if key == self._last_key:
             return self._last_call  # the steps of a canvas share everything but the tokens
         held = torch.tensor([s.length for s in states]).view(-1, 1)
@@ -96,8 +99,8 @@ class TorchCache:
         call = CacheCall(
             self,
             {
-                "full": self._plan("full", slots, held, counts, width, None, causal),
-                "sliding": self._plan("sliding", slots, held - start, counts, width, self._window, causal),
+                "full": self._plan("full", slots, held, counts, width, None, canvas),
+                "sliding": self._plan("sliding", slots, held - start, counts, width, self._window, canvas),
             },
             positions=held + torch.arange(width),
         )
@@ -112,7 +115,7 @@ class TorchCache:
         counts: Sequence[int],
         width: int,
         window: int | None,
-        causal: bool,
+        canvas: int,
     ) -> "_Plan":
         """``held`` (rows, 1): buffer rows in use; ``window``: committed tokens that a token sees, None for all."""
         rows = self.rows[kind]
@@ -121,11 +124,13 @@ class TorchCache:
         padding_row = len(self._slots) * rows
         write = torch.tensor(slots).view(-1, 1) * rows + held + column
         write = torch.where(column < count, write, padding_row)
-        # Padding tokens look where the last real token does: an empty row of the mask would make NaN.
-        query = (held + torch.minimum(column, count - 1)).unsqueeze(-1) if causal else held.unsqueeze(-1)
+        # Every canvas token sees the same committed tokens and the whole canvas: not a window per query. Padding looks
+        # where the last real token does: an empty row of the mask would make NaN.
+        seen_by = column[:1] if canvas == width else column
+        query = (held + torch.minimum(seen_by, count - max(canvas, 1))).unsqueeze(-1)  # (rows, width or 1, 1)
         low = (query - window).clamp(min=0) if window is not None else torch.zeros_like(query)
-        # Every canvas row sees the same committed tokens and the whole canvas: not a window per query.
-        high = query if causal else (held + count - 1).unsqueeze(-1)
+        in_canvas = ((seen_by >= count - canvas) & (canvas > 0)).unsqueeze(-1)
+        high = torch.where(in_canvas, (held + count - 1).unsqueeze(-1), query)
         begin, end = int(low.min()), int((held + count).max())
         key = torch.arange(begin, end)
         visible = (key >= low) & (key <= high)  # (rows, width or 1, keys)

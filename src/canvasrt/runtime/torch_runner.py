@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, InputError
@@ -27,6 +28,7 @@ from canvasrt.spec import LayerKind, LayerSpec
 
 Tensor = torch.Tensor
 
+_NOTHING = np.zeros(0, dtype=np.int32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENSE_PRODUCTS = 12_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
 CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
@@ -76,6 +78,9 @@ class TorchRunner:
         kinds: dict[LayerKind, LayerSpec] = {layer.kind: layer for layer in spec.layers}
         self._frequencies = {kind: _inverse_frequencies(layer).to(self._device) for kind, layer in kinds.items()}
         self._rotary: tuple[CacheCall | None, dict[LayerKind, Rotary[Tensor]]] = (None, {})
+        self._pending: dict[
+            int, NDArray[np.int32]
+        ] = {}  # slot -> at most a chunk of tokens, noted down but not encoded
         self._load_all_weights()
 
     @classmethod
@@ -89,34 +94,47 @@ class TorchRunner:
 
     def length(self, slot: int) -> int:
         check_slot(self._limits, slot)
-        return self._cache.length(slot)
+        return self._lengths()[slot]
 
     def release(self, slot: int) -> None:
         check_slot(self._limits, slot)
+        self._pending.pop(slot, None)
         self._cache.release(slot)
         self._soft[slot] = 0
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each: for verification."""
+        self._encode_pending([slot])
         return self._cache.stored(layer, slot)
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[EncodeRow]) -> None:
-        check_encode(self._limits, self._cache.lengths(), rows)
+        """Appends the rows' tokens; the last piece of each is only noted down and joins the next call that needs it."""
+        lengths = self._lengths()
+        check_encode(self._limits, lengths, rows)
         for row in rows:
             self._cache.check_rewind(row.slot, row.position)
+        left: list[tuple[int, NDArray[np.int32]]] = []
         for row in rows:
-            if row.position < self._cache.length(row.slot):
+            held = self._cache.length(row.slot)
+            kept = self._pending.pop(row.slot, _NOTHING)[: max(row.position - held, 0)]
+            if row.position < held:
                 self._cache.rewind(row.slot, row.position)
-        left = [(row.slot, row.tokens) for row in rows]
-        while left:
-            pieces = [tokens[: self._limits.chunk] for _, tokens in left]
-            self._encode_pieces([slot for slot, _ in left], pieces)
-            left = [
-                (slot, tokens[len(piece) :])
-                for (slot, tokens), piece in zip(left, pieces, strict=True)
-                if len(piece) < len(tokens)
-            ]
+            left.append((row.slot, np.concatenate([kept, row.tokens])))
+        chunk = self._limits.chunk
+        while longer := [(slot, tokens) for slot, tokens in left if len(tokens) > chunk]:
+            self._encode_pieces([slot for slot, _ in longer], [tokens[:chunk] for _, tokens in longer])
+            left = [(slot, tokens[chunk:] if len(tokens) > chunk else tokens) for slot, tokens in left]
+        self._pending.update(left)
+
+    def _lengths(self) -> list[int]:
+        return [length + len(self._pending.get(slot, _NOTHING)) for slot, length in enumerate(self._cache.lengths())]
+
+    @torch.inference_mode()
+    def _encode_pending(self, slots: Sequence[int]) -> None:
+        waiting = [slot for slot in slots if slot in self._pending]
+        if waiting:
+            self._encode_pieces(waiting, [self._pending.pop(slot) for slot in waiting])
 
     def _encode_pieces(self, slots: list[int], pieces: list[NDArray[np.int32]]) -> None:
         counts = [len(piece) for piece in pieces]
@@ -124,37 +142,49 @@ class TorchRunner:
         tokens = np.zeros((len(pieces), width), dtype=np.int64)
         for row, piece in zip(tokens, pieces, strict=True):
             row[: len(piece)] = piece
-        call = self._cache.open(slots, counts, width, causal=True)
+        call = self._cache.open(slots, counts, width, canvas=0)
         self._run("encoder", torch.from_numpy(tokens).to(self._device), call, None)
         for slot, count in zip(slots, counts, strict=True):
             self._cache.commit(slot, count)
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
-        check_denoise(self._limits, self._cache.lengths(), rows)
+        check_denoise(self._limits, self._lengths(), rows)
         if not rows:
             return []
         size = self._limits.canvas
         slots = [row.slot for row in rows]
-        call = self._cache.open(slots, [size] * len(rows), size, causal=False)
-        tokens = torch.from_numpy(np.stack([row.canvas for row in rows]).astype(np.int64)).to(self._device)
+        if len(rows) > 1:
+            self._encode_pending(slots)
+        # One row takes the tokens that wait to be encoded along: a prompt costs one call with the first step, not two.
+        context = self._pending.pop(slots[0], _NOTHING)
+        width = len(context) + size
+        call = self._cache.open(slots, [width] * len(rows), width, canvas=size)
+        tokens = np.stack([np.concatenate([context, row.canvas]) for row in rows]).astype(np.int64)
         slot_index = torch.tensor(slots, device=self._device)
+        signals = self._signals(rows, slot_index)
         canvas = Canvas(
-            soft_embeddings=self._signals(rows, slot_index),
+            soft_embeddings=functional.pad(signals, (0, 0, len(context), 0)) if len(context) else signals,
             temperature=self._per_token(rows, [row.temperature for row in rows]),
             uniforms=torch.from_numpy(np.concatenate([row.uniforms for row in rows])).to(self._device).view(-1, 1),
             filters=self._filters(rows),
-            head_rows=None,
+            head_rows=torch.arange(len(context), width, device=self._device) if len(context) else None,
         )
-        prediction = self._run("decoder", tokens, call, canvas)
-        assert prediction is not None  # the decoder phase always predicts
+        phase: Phase = "mixed" if len(context) else "decoder"
+        prediction = self._run(phase, torch.from_numpy(tokens).to(self._device), call, canvas)
+        assert prediction is not None  # only the encoder phase predicts nothing
+        self._cache.commit(slots[0], len(context))
         self._soft.index_copy_(0, slot_index, prediction.soft_embeddings.view(len(rows), size, -1))
         return _results(rows, prediction, size)
 
     def _run(
         self, phase: Phase, tokens: Tensor, call: CacheCall, canvas: Canvas[Tensor] | None
     ) -> Prediction[Tensor] | None:
-        inputs = TextInputs(tokens, self._rotary_of(call), call.masks, call, canvas)
+        is_canvas = None
+        if phase == "mixed":
+            first = tokens.shape[1] - self._limits.canvas
+            is_canvas = (torch.arange(tokens.shape[1], device=self._device) >= first).view(1, -1, 1)
+        inputs = TextInputs(tokens, self._rotary_of(call), call.masks, call, canvas, is_canvas)
         outputs = text_network(self._ops, self._spec, inputs, phase, self._moe or self._formulation(tokens.numel()))
         if outputs.over_capacity is not None and outputs.over_capacity.item() > 0:
             # Repeating is safe: the call writes the same places again.
@@ -204,6 +234,7 @@ class TorchRunner:
     def _load_all_weights(self) -> None:
         """Runs one token and one canvas: a damaged tensor must stop the start, not a request."""
         self.encode([EncodeRow(0, np.zeros(1, np.int32), 0)])
+        self._encode_pending([0])
         size = self._limits.canvas
         self.denoise([DenoiseRow(0, np.zeros(size, np.int32), 1.0, np.zeros(size, np.float32), first=True)])
         self.release(0)
