@@ -85,7 +85,7 @@ def test_live_shows_every_step_where_there_is_no_terminal() -> None:
         (["generate", str(CHECKPOINT)], "no prompt", 2),
         (["generate", str(CHECKPOINT), "-p", "  "], "the prompt is empty", 2),
         (["generate", str(CHECKPOINT), "-p", "x", "--max-tokens", "0"], "max_tokens", 2),
-        (["generate", str(CHECKPOINT), "-p", "x", "--max-tokens", "5000"], "leave room for 960", 2),
+        (["generate", str(CHECKPOINT), "-p", "x", "--max-tokens", "5000"], "leave room for 1008", 2),
         (["generate", str(CHECKPOINT), "-p", "x" * 2000], "leaves no room for a canvas", 2),
         (["generate", str(CHECKPOINT), "-p", "x", "--top-p", "1.5"], "top_p", 2),
         (["generate", str(CHECKPOINT), "-p", "x", "--t-min", "nan"], "t_min", 2),

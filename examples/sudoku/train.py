@@ -36,8 +36,7 @@ CANVAS = 48
 HELP = "Send six rows of a puzzle such as 12.|4.6"
 HEADER = [ID["<bos>"], ID["<|turn>"], ID["user"], ID["\n"]]
 TURN = [ID["<turn|>"], ID["\n"], ID["<|turn>"], ID["model"], ID["\n"]]
-# (puzzles in the prompt, share of the batches); 0 is the request that is no puzzle
-MIXTURE = [(0, 0.04), (1, 0.72), (2, 0.24)]
+NO_PUZZLE_SHARE = 0.04  # of the batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +83,12 @@ def new_model() -> DiffusionGemmaForBlockDiffusion:
 class Data:
     """Batches of requests from a fixed set of puzzles, varied by the symmetries of sudoku."""
 
-    def __init__(self, puzzles: int, seed: int) -> None:
+    def __init__(self, puzzles: int, seed: int, pairs_share: float) -> None:
         rng = random.Random(seed)
         pairs = [make_puzzle(rng, rng.randint(12, 24)) for _ in range(puzzles)]
         self.pairs = torch.tensor(pairs, dtype=torch.long)  # (N, 2, 36): puzzle, solution
         self.rng = rng
+        self.pairs_share = pairs_share
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.digit_ids = torch.tensor([ID["."], *(ID[str(digit)] for digit in range(1, 7))])
 
@@ -115,10 +115,9 @@ class Data:
         return (outer + inner).view(count, 6).argsort(1)
 
     def batch(self, size: int) -> Batch:
-        kinds, weights = zip(*MIXTURE, strict=True)
-        puzzles = self.rng.choices(kinds, weights)[0]
-        if puzzles == 0:
+        if self.rng.random() < NO_PUZZLE_SHARE:
             return self._help_batch(size)
+        puzzles = 2 if self.rng.random() < self.pairs_share else 1
         text = self._shuffled(size * puzzles).view(size, puzzles, 2, CANVAS)
         text[:, -1, :, -1] = ID["<turn|>"]  # the last line end of prompt and answer is the end of the turn
         prompt, answer = text[:, :, 0].reshape(size, -1), text[:, :, 1]
@@ -219,6 +218,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80.0, help="the learning rate falls to its end over this time")
+    parser.add_argument("--resume", type=Path, help="start from this checkpoint instead of random weights")
+    parser.add_argument("--pairs-share", type=float, default=0.25, help="share of the requests that hold two puzzles")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--puzzles", type=int, default=20000)
@@ -230,8 +231,10 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     random.seed(arguments.seed)
     model = new_model()
+    if arguments.resume:
+        model = DiffusionGemmaForBlockDiffusion.from_pretrained(arguments.resume, dtype=torch.float32).train()
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    data = Data(arguments.puzzles, arguments.seed)
+    data = Data(arguments.puzzles, arguments.seed, arguments.pairs_share)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )

@@ -14,7 +14,7 @@ _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TorchWeights:
-    """Every matrix exists once: single, fused and permuted forms of the same tensor are never kept side by side.
+    """Matrices in the forms that are asked for: fused, scaled or permuted; one form each, but for small experts.
 
     Raises CheckpointError when a tensor holds NaN or infinity, naming it.
     """
