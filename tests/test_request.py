@@ -97,7 +97,7 @@ def test_acceptance_has_no_memory() -> None:
     entropy[6] = 2
     after = confident_everywhere.advanced(PARAMS, canvas(), sampled, entropy)
     assert np.flatnonzero(after.accepted).tolist() == [6]
-    noise = step_noise(3, 0, 9, SIZE, 100).tokens
+    noise = step_noise(3, 0, 9, SIZE, 100).tokens.copy()
     noise[6] = 86
     assert after.tokens.tolist() == noise.tolist()
 
