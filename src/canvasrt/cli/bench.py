@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,7 @@ def bench(
         for level in levels:
             groups = list(_groups(texts, params, level, requests))
             task = progress.add_task(f"{level} at once", total=len(groups))
-            runs.append(_run(runner, reference, groups, level, lambda: progress.advance(task)))  # noqa: B023
+            runs.append(_run(runner, reference, groups, level, partial(progress.advance, task)))
     report: dict[str, Any] = {"checkpoint": str(checkpoint), "device": device, "dtype": dtype, "runs": runs}
     if against:
         # The least of the runs: with one concurrency, simply its ratio.
