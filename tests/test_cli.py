@@ -96,6 +96,7 @@ def test_live_shows_every_step_where_there_is_no_terminal() -> None:
         (["generate", str(CHECKPOINT), "-p", "x", "--context", "4096"], "exceeds the 1024 positions", 3),
         (["generate", str(CHECKPOINT), "-p", "x", "--dtype", "fp8"], "dtype 'fp8' is unknown", 2),
         (["generate", str(CHECKPOINT), "-p", "x", "--live", "--json"], "choose one", 2),
+        (["generate", str(CHECKPOINT), "-p", "a <|image|> of a grid"], "text only", 2),
         (["verify", "google/diffusiongemma-26B-A4B-it"], "hf download", 2),
         (["bench", str(CHECKPOINT), "--against", "vllm"], "transformers only", 2),
         (["bench", str(CHECKPOINT), "--concurrency", "two"], "--concurrency", 2),

@@ -70,6 +70,8 @@ def generate(
     source = Checkpoint.open(checkpoint)
     config, codec = GenerationConfig.load(source.folder), TextCodec.load(source.folder)
     prompts = [_tokens(codec, text, system, raw) for text in _texts(prompt)]
+    if any((tokens == source.spec.image_token_id).any() for tokens in prompts):
+        raise InputError("the prompt holds image tokens, and this version reads text only: remove them")
     room = source.spec.max_context if context is None else context
     params = [params_for(source, config, options, tokens, room) for tokens in prompts]
     runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params))
