@@ -38,6 +38,7 @@ def show(runner: TorchRunner, source: Checkpoint, codec: TextCodec, puzzles: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--puzzles", type=int, default=128, help="held-out puzzles to solve after the live ones")
+    parser.add_argument("--pairs", type=int, default=0, help="requests of two puzzles each to solve at last")
     parser.add_argument("--delay", type=float, default=0.35, help="seconds to show each denoising step for")
     arguments = parser.parse_args()
     source = Checkpoint.open(CHECKPOINT)
@@ -60,6 +61,9 @@ def main() -> None:
             f"{figures['steps_per_canvas']:.1f} steps per canvas, "
             f"{figures['tokens_per_forward']:.1f} tokens per forward"
         )
+    if arguments.pairs:
+        pairs = solve_all(runner, source, codec, held_out(arguments.pairs, puzzles=2), Tally())
+        print(f"two in one request: {pairs} of {2 * arguments.pairs} puzzles solved")
     print(f"(torch {torch.__version__} on {torch.get_num_threads()} CPU threads, float32)")
     if solved < GOAL * arguments.puzzles:
         sys.exit(f"fewer than {GOAL:.0%} solved: the checkpoint or the runtime is damaged; run make test")
