@@ -1,6 +1,6 @@
 """One network in several forms: a mixed call, the expert formulations and the kernels give equal results."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,8 +8,7 @@ import torch
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.attention import Rotary
-from canvasrt.network.layer import MoeChoice
-from canvasrt.network.moe import expert_layer, route
+from canvasrt.network.moe import MoeChoice, expert_layer, route
 from canvasrt.network.text import Canvas, TextInputs, text_network
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
@@ -74,7 +73,7 @@ def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoi
     calls = (cache.open([0], [CANVAS], CANVAS, canvas=0), cache.open([1], [CANVAS], CANVAS, canvas=CANVAS))
     stacked = StackedCache(calls)
     rotary = [mixed._rotary_of(call) for call in calls]
-    soft = torch.stack([torch.zeros_like(mixed._soft[1]), mixed._soft[1]])
+    soft = torch.cat([torch.zeros_like(mixed._soft[1]), mixed._soft[1]])
     inputs = TextInputs(
         tokens=torch.from_numpy(np.stack([chunk, canvas]).astype(np.int64)),
         rotary={
@@ -111,7 +110,7 @@ def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathF
     assert routing.experts.shape == (tokens, 3)
     results = {}
     for name in ("dense", "capacity", "sparse"):
-        results[name], over = expert_layer(ops, source.spec, 1, x, routing, name, tokens)
+        results[name], over = expert_layer(ops, source.spec, 1, x, routing, MoeChoice(name, tokens))
         assert over is None or over.item() <= 0
     torch.testing.assert_close(results["dense"], results["sparse"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results["capacity"], results["sparse"], atol=1e-5, rtol=1e-5)
@@ -123,7 +122,7 @@ def test_capacity_counts_exactly_the_tokens_that_do_not_fit(source: Checkpoint) 
     routing = route(ops, source.spec, 0, ops.rms(x, 1e-6))
     busiest = int(routing.experts.flatten().bincount().max())
     for capacity in (busiest - 2, busiest, busiest + 1):
-        _, over = expert_layer(ops, source.spec, 0, x, routing, "capacity", capacity)
+        _, over = expert_layer(ops, source.spec, 0, x, routing, MoeChoice("capacity", capacity))
         assert over is not None
         assert over.item() == busiest - capacity
 
@@ -136,15 +135,31 @@ def test_the_onednn_product_equals_the_plain_one(source: Checkpoint) -> None:
         x = torch.randn(*shape, generator=generator)
         matrix = torch.randn(48, 32, generator=generator)
         torch.testing.assert_close(ops._product(x, matrix), x @ matrix.T, atol=1e-5, rtol=1e-5)
+        gate, up = (x @ half.T for half in matrix.chunk(2))
+        expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        torch.testing.assert_close(ops._gated(x, matrix), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_that_ask_for_filters_do_not_change_rows_that_do_not(source: Checkpoint) -> None:
-    rng = np.random.default_rng(3)
-    runner = TorchRunner(source, slots=2, context=64)
-    runner.encode([EncodeRow(slot, rng.integers(0, 67, 9).astype(np.int32), 0) for slot in (0, 1)])
-    canvas, uniforms = rng.integers(0, 67, CANVAS).astype(np.int32), rng.random(CANVAS, dtype=np.float32)
-    plain = DenoiseRow(0, canvas, 0.6, uniforms, first=True)
-    alone = runner.denoise([plain, replace(plain, slot=1)])[0]
-    beside = runner.denoise([plain, replace(plain, slot=1, top_k=2, top_p=0.5)])[0]
-    np.testing.assert_array_equal(alone.sampled, beside.sampled)
-    np.testing.assert_array_equal(alone.entropy, beside.entropy)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 4), (6, 1)])
+def test_the_attention_of_few_tokens_equals_the_fused_kernel(source: Checkpoint, heads: int, kv_heads: int) -> None:
+    ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    generator = torch.Generator().manual_seed(heads)
+    q = torch.randn(1, 7, heads + 3, 16, generator=generator)[:, :, :heads]  # as the network has it: part of a product
+    keys, values = (torch.randn(1, 40, kv_heads, 16, generator=generator).transpose(1, 2) for _ in range(2))
+    everything_visible = torch.zeros(1, 1, 1, 40)  # a mask, so the fused kernel runs
+    expected = ops.attention(q, keys, values, everything_visible)
+    torch.testing.assert_close(ops.attention(q, keys, values, None), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_factors_are_those_of_the_positions_of_the_call(source: Checkpoint) -> None:
+    """They are kept with the norm weights between the steps of a canvas: other positions must not get them."""
+    ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    norm = "model.decoder.layers.0.self_attn.q_norm.weight"
+    x = torch.randn(1, 3, 2, 16)
+    weighted = x * ops.weight(norm, "float32")
+    for _ in range(3):
+        angles = torch.randn(1, 3, 1, 8)
+        cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+        for _ in range(2):
+            expected = weighted * cos + weighted.roll(8, -1) * sin
+            torch.testing.assert_close(ops.rotate(x, cos, sin, (norm, 2)), expected)

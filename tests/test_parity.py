@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.network.layer import MoeChoice
+from canvasrt.network.moe import MoeChoice
 from canvasrt.reference.model import ReferenceModel
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
 from canvasrt.runtime.torch_runner import TorchRunner

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, CheckpointError, InputError
-from canvasrt.network.layer import MoeChoice
+from canvasrt.network.moe import MoeChoice
 from canvasrt.runtime.fake import FakeRunner
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, EngineRunner
 from canvasrt.runtime.torch_runner import TorchRunner

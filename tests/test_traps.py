@@ -63,15 +63,14 @@ def plant_window_per_query(patch: pytest.MonkeyPatch) -> None:
     """A canvas row sees the window - 1 tokens before itself instead of those before the canvas."""
     original = canvasrt.runtime.torch_cache.TorchCache._plan
 
-    def wrong(
-        self: Any, kind: str, slots: Any, held: torch.Tensor, counts: Any, width: int, window: Any, canvas: int
-    ) -> Any:
+    def wrong(self: Any, kind: str, slots: Any, held: Any, counts: Any, width: int, window: Any, canvas: int) -> Any:
         plan = original(self, kind, slots, held, counts, width, window, canvas)
         if canvas == 0 or window is None:
             return plan
-        query = (held + torch.arange(width)).unsqueeze(-1)
+        first = torch.from_numpy(held)
+        query = (first + torch.arange(width)).unsqueeze(-1)
         key = torch.arange(plan.begin, plan.end)
-        visible = (key >= query - window) & (key < held.unsqueeze(-1) + width)
+        visible = (key >= query - window) & (key < first.unsqueeze(-1) + width)
         return replace(plan, mask=torch.where(visible, 0.0, -torch.inf).unsqueeze(1))
 
     patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_plan", wrong)

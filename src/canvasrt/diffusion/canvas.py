@@ -46,7 +46,8 @@ class CanvasState:
         """The state after this step's prediction, all three (canvas,): accept, renoise, and decide whether to stop."""
         accepted = accept(entropy, params.entropy_bound)
         renoised = step_noise(params.seed, self.index, self.step, params.canvas, params.vocabulary).tokens
-        confident = float(entropy.mean(dtype=np.float32)) < params.confidence_threshold
+        mean = float(np.add.reduce(entropy, dtype=np.float32) / np.float32(len(entropy)))  # mean() takes 10 us more
+        confident = mean < params.confidence_threshold
         stopped = confident and is_stable(argmax, self.history, params.stability_threshold)
         history = (*self.history, argmax)[-params.stability_threshold :] if params.stability_threshold else ()
         return CanvasState(

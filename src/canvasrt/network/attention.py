@@ -51,7 +51,7 @@ def _project(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotar
         if layer.value_is_key
         else ops.split(normed, [both, layer.kv_heads], axis=2)
     )
-    scales = ops.head_weights((prefix + "q_norm.weight", spec.heads), (prefix + "k_norm.weight", layer.kv_heads))
-    rotated = ops.rotate(ops.multiply(queries_and_keys, scales), rotary.cos, rotary.signed_sin)
+    norms = (prefix + "q_norm.weight", spec.heads), (prefix + "k_norm.weight", layer.kv_heads)
+    rotated = ops.rotate(queries_and_keys, rotary.cos, rotary.signed_sin, *norms)
     q, k = ops.split(ops.cast(rotated, "model"), [spec.heads, layer.kv_heads], axis=2)
     return q, k, ops.cast(v, "model")

@@ -14,10 +14,22 @@ from dataclasses import dataclass
 from typing import Generic, Literal
 
 from canvasrt.network.names import decoder_layer
+from canvasrt.network.norm import weighted
 from canvasrt.ops.protocol import Ops, T
 from canvasrt.spec import ModelSpec
 
 Formulation = Literal["dense", "capacity", "sparse"]
+
+
+@dataclass(frozen=True, slots=True)
+class MoeChoice:
+    """How the expert layer is computed.
+
+    A GPU profile decides. ``capacity`` is in tokens per expert, for "capacity" only.
+    """
+
+    formulation: Formulation
+    capacity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +42,35 @@ def route(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> Routing[T]:
     """``normed`` (tokens, hidden) is the raw residual after a norm without weight, in float32."""
     prefix = decoder_layer(layer) + "router."
     scores = ops.linear_scaled(normed, prefix + "scale", prefix + "proj.weight", factor=spec.hidden_size**-0.5)
-    chosen, experts = ops.top_k(ops.softmax(ops.cast(scores, "float32")), spec.experts_per_token)
-    chosen = ops.divide(chosen, ops.sum(chosen, axis=-1))
-    flat = ops.reshape(experts, (-1,))
-    scale = ops.reshape(
-        ops.take_rows(ops.weight(prefix + "per_expert_scale", "float32"), flat), (-1, spec.experts_per_token)
-    )
-    return Routing(experts, ops.multiply(chosen, scale))
+    chosen, experts = ops.top_k(ops.cast(scores, "float32"), spec.experts_per_token)
+    # The softmax over the chosen ones is the softmax over all, renormalised: the rest of the sum cancels.
+    scale = ops.take_rows(ops.weight(prefix + "per_expert_scale", "float32"), experts)
+    return Routing(experts, ops.multiply(ops.softmax(chosen), scale))
 
 
 def expert_layer(
-    ops: Ops[T], spec: ModelSpec, layer: int, x: T, routing: Routing[T], formulation: Formulation, capacity: int
+    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, routing: Routing[T], moe: MoeChoice
 ) -> tuple[T, T | None]:
-    """x (tokens, hidden) through the chosen experts: (result (tokens, hidden), tokens over capacity (1, 1) or None)."""
-    prefix = decoder_layer(layer) + "experts."
-    gate_up, down = prefix + "gate_up_proj", prefix + "down_proj"
-    if formulation == "sparse":
+    """The residual ``normed`` (tokens, hidden), as for ``route``, through its norm weight and the chosen experts.
+
+    Returns the result (tokens, hidden), and the tokens over capacity (1, 1) or None.
+    """
+    prefix = decoder_layer(layer)
+    gate_up, down = prefix + "experts.gate_up_proj", prefix + "experts.down_proj"
+    scale = prefix + "pre_feedforward_layernorm_2.weight"
+    if moe.formulation == "dense":
+        return _dense(ops, spec, ops.experts_gated(normed, scale, gate_up), routing, down), None
+    x = weighted(ops, normed, scale)
+    if moe.formulation == "sparse":
         return ops.experts_routed(x, routing.experts, ops.cast(routing.weights, "model"), gate_up, down), None
-    if formulation == "dense":
-        return _dense(ops, spec, x, routing, gate_up, down), None
-    if capacity < 1:
+    if moe.capacity < 1:
         raise ValueError("the capacity formulation needs a capacity of at least one token per expert")
-    return _capacity(ops, spec, x, routing, gate_up, down, capacity)
+    return _capacity(ops, spec, x, routing, gate_up, down, moe.capacity)
 
 
-def _dense(ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str) -> T:
+def _dense(ops: Ops[T], spec: ModelSpec, gated: T, routing: Routing[T], down: str) -> T:
     weights = ops.spread(routing.weights, routing.experts, spec.experts)
-    hidden = ops.reshape(ops.experts_merged(x, gate_up), (-1, spec.experts, 2 * spec.expert_size))
-    hidden = ops.gated_gelu(hidden)
+    hidden = ops.reshape(gated, (-1, spec.experts, spec.expert_size))
     hidden = ops.multiply(hidden, ops.reshape(ops.cast(weights, "model"), (-1, spec.experts, 1)))
     return ops.experts_summed(ops.reshape(hidden, (0, -1)), down)
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Generic, Literal
 
 from canvasrt.network.attention import Rotary
-from canvasrt.network.layer import MoeChoice, context_tail, norm, transformer_layer
+from canvasrt.network.layer import context_tail, transformer_layer
+from canvasrt.network.moe import MoeChoice
 from canvasrt.network.names import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, decoder_layer, encoder_scalar
+from canvasrt.network.norm import norm
 from canvasrt.network.sampler import Filters, Prediction, predict
 from canvasrt.ops.protocol import Cache, Ops, T
 from canvasrt.spec import LayerKind, ModelSpec
@@ -76,13 +78,13 @@ def _embed(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase) ->
     if inputs.canvas is None:
         return x
     signal = ops.rms(inputs.canvas.soft_embeddings, spec.rms_norm_eps)
-    gates = ops.linear_scaled(
+    gated = ops.gated_linear(
         signal,
         SELF_CONDITIONING + "pre_norm.weight",
         SELF_CONDITIONING + "gate_proj.weight",
         SELF_CONDITIONING + "up_proj.weight",
     )
-    signal = ops.linear(ops.gated_gelu(gates), SELF_CONDITIONING + "down_proj.weight")
+    signal = ops.linear(gated, SELF_CONDITIONING + "down_proj.weight")
     # The norm without weight applies at the first step too, where the signal is zero.
     conditioned = ops.cast(ops.rms(ops.add(x, signal), spec.rms_norm_eps), "model")
     return conditioned if inputs.is_canvas is None else ops.where(inputs.is_canvas, conditioned, x)

@@ -28,10 +28,6 @@ class Ops(Protocol[T]):
         """A small tensor (norm weight, scale, layer scalar) as it is stored."""
         ...
 
-    def head_weights(self, *parts: tuple[str, int]) -> T:
-        """For each (name, heads) the vector (dim,) once per head, below each other: (sum of heads, dim) in float32."""
-        ...
-
     def linear(self, x: T, *names: str) -> T:
         """x (..., in) times the transposed matrices (out_i, in), side by side: (..., sum of out_i)."""
         ...
@@ -43,6 +39,10 @@ class Ops(Protocol[T]):
         """
         ...
 
+    def gated_linear(self, normed: T, scale: str, gate: str, up: str) -> T:
+        """Both halves of a gated MLP, ``linear_scaled`` each: gelu_tanh(gate) * up, (..., out)."""
+        ...
+
     def linear_transposed(self, x: T, name: str) -> T:
         """x (..., out) times one matrix (out, in): (..., in). The way back through a tied embedding."""
         ...
@@ -51,8 +51,8 @@ class Ops(Protocol[T]):
         """Rows of the matrix (vocabulary, hidden) for integer tokens (...): (..., hidden)."""
         ...
 
-    def experts_merged(self, x: T, name: str) -> T:
-        """x (rows, in) through every expert's matrix (experts, out, in): (rows, experts * out)."""
+    def experts_gated(self, normed: T, scale: str, name: str) -> T:
+        """``gated_linear`` of every expert, matrices (experts, 2 out, in): (rows, in) to (rows, experts * out)."""
         ...
 
     def experts_summed(self, x: T, name: str) -> T:
@@ -147,7 +147,7 @@ class Ops(Protocol[T]):
         ...
 
     def take_rows(self, x: T, indices: T) -> T:
-        """x (rows, ...) at integer indices (n,): (n, ...)."""
+        """x (rows, ...) at integer indices (n,): (n, ...); x (rows,) takes indices of any shape and gives that one."""
         ...
 
     def take_along_last(self, x: T, indices: T) -> T:
@@ -171,8 +171,12 @@ class Ops(Protocol[T]):
 
     # Attention.
 
-    def rotate(self, x: T, cos: T, signed_sin: T) -> T:
-        """Rotary embedding of x (..., heads, dim): x * cos + roll(x, dim / 2) * signed_sin, both (..., 1, dim)."""
+    def rotate(self, x: T, cos: T, signed_sin: T, *norms: tuple[str, int]) -> T:
+        """Per-head norm weights, then rotary embedding, of x (..., heads, dim) in float32.
+
+        Each (name, heads) in ``norms`` gives that many heads the vector (dim,). With x so weighted, the result is
+        x * cos + roll(x, dim / 2) * signed_sin, both factors (..., 1, dim).
+        """
         ...
 
     def attention(self, q: T, keys: T, values: T, mask: T | None) -> T:

@@ -12,6 +12,14 @@ Tensor = torch.Tensor
 
 # Multiplications from which oneDNN's float32 product is the faster one on a CPU: twice the speed, but 15 us to start.
 ONEDNN_PRODUCTS = 3_000_000
+ONEDNN_GATED = 1_000_000  # the same for one half of a gated product, whose GELU oneDNN computes along
+SMALL_SCORES = 1 << 16  # attention scores up to which two products beat the fused attention kernel
+KEPT_ROTATION = 1 << 18  # elements of rotary factors that are kept from step to step
+MATRIX = 2  # axes
+
+# torch offers oneDNN's float32 product under a private name only, the one its compiler uses; functional.linear goes to
+# MKL, which is slow on CPUs that are not Intel's. A test compares the two.
+_onednn = torch.ops.mkldnn._linear_pointwise
 
 
 class TorchOps:
@@ -20,30 +28,26 @@ class TorchOps:
     def __init__(self, weights: TorchWeights) -> None:
         self._weights = weights
         self._dtype = weights.dtype
-        self._head_weights: dict[tuple[tuple[str, int], ...], Tensor] = {}
-        self._averages: dict[int, Tensor] = {}
-        self._epsilons: dict[float, Tensor] = {}
-        # torch offers oneDNN's float32 product under a private name only, the one its compiler uses; functional.linear
-        # goes to MKL, which is slow on CPUs that are not Intel's. A test compares the two.
-        self._onednn = weights.dtype == torch.float32 and weights.device.type == "cpu" and torch.backends.mkldnn.enabled
+        self._rotations: dict[tuple[tuple[str, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._averages: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        self._folds = weights.dtype == torch.float32
+        self._onednn = self._folds and weights.device.type == "cpu" and torch.backends.mkldnn.enabled
 
     def weight(self, name: str, precision: Precision = "model") -> Tensor:
         return self._weights.small(name, self._named(precision))
-
-    def head_weights(self, *parts: tuple[str, int]) -> Tensor:
-        if parts not in self._head_weights:
-            rows = [self._weights.small(name, torch.float32).expand(heads, -1) for name, heads in parts]
-            self._head_weights[parts] = torch.cat(rows)
-        return self._head_weights[parts]
 
     def linear(self, x: Tensor, *names: str) -> Tensor:
         return self._product(x, self._weights.fused(names))
 
     def linear_scaled(self, normed: Tensor, scale: str, *names: str, factor: float = 1.0) -> Tensor:
-        if self._dtype == torch.float32:
+        if self._folds:
             return self._product(normed, self._weights.scaled(names, scale, factor))
-        scaled = normed * self._weights.small(scale, torch.float32)
-        return self.linear((scaled if factor == 1.0 else scaled * factor).to(self._dtype), *names)
+        return self.linear(self._scaled(normed, scale, factor), *names)
+
+    def gated_linear(self, normed: Tensor, scale: str, gate: str, up: str) -> Tensor:
+        if self._folds:
+            return self._gated(normed, self._weights.scaled((gate, up), scale))
+        return self._gated(self._scaled(normed, scale), self._weights.fused((gate, up)))
 
     def linear_transposed(self, x: Tensor, name: str) -> Tensor:
         return x @ self._weights.fused((name,))
@@ -51,8 +55,10 @@ class TorchOps:
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
         return functional.embedding(tokens, self._weights.fused((name,)))
 
-    def experts_merged(self, x: Tensor, name: str) -> Tensor:
-        return self._product(x, self._weights.fused((name,)).flatten(0, 1))
+    def experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
+        if self._folds:
+            return self._gated(normed, self._weights.planar_experts(name, scale))
+        return self._gated(self._scaled(normed, scale), self._weights.planar_experts(name))
 
     def experts_summed(self, x: Tensor, name: str) -> Tensor:
         return self._product(x, self._weights.summed_experts(name))
@@ -119,18 +125,22 @@ class TorchOps:
         return x + (normed * weight).to(self._dtype)  # rounded before the sum, as in the reference
 
     def rms(self, x: Tensor, eps: float) -> Tensor:
-        x = x.float()
-        size = x.shape[-1]
-        if size not in self._averages:
-            self._averages[size] = torch.full((size, 1), 1 / size, device=x.device)
-        if eps not in self._epsilons:
-            self._epsilons[eps] = torch.full((1, 1), eps, device=x.device)
+        x = self.cast(x, "float32")
+        shape = x.shape
+        constants = self._averages.get((shape[-1], eps))
+        if constants is None:
+            size = shape[-1]
+            constants = torch.full((size, 1), 1 / size, device=x.device), torch.full((1, 1), eps, device=x.device)
+            self._averages[size, eps] = constants
+        rows = x if len(shape) == MATRIX else x.reshape(-1, shape[-1])
         # The mean as a product with 1/n that adds eps in the same kernel: half the time of mean() and a sum.
-        mean = torch.addmm(self._epsilons[eps], (x * x).view(-1, size), self._averages[size])
-        return x * mean.rsqrt_().view(*x.shape[:-1], 1)
+        mean = torch.addmm(constants[1], rows * rows, constants[0])
+        normed = rows * mean.rsqrt_()
+        return normed if len(shape) == MATRIX else normed.view(shape)
 
     def cast(self, x: Tensor, precision: Precision) -> Tensor:
-        return x.to(self._named(precision))
+        wanted = self._named(precision)
+        return x if x.dtype is wanted else x.to(wanted)  # asked 100 times a step: to() that does nothing takes 0.7 us
 
     def to_float(self, x: Tensor) -> Tensor:
         return x.float()
@@ -161,13 +171,13 @@ class TorchOps:
         return (indices.unsqueeze(-1) == torch.arange(depth, device=indices.device)).float()
 
     def spread(self, values: Tensor, indices: Tensor, depth: int) -> Tensor:
-        return values.new_zeros(len(values), depth).scatter_(1, indices, values)
+        return values.new_zeros(values.shape[0], depth).scatter_(1, indices, values)
 
     def row_numbers(self, x: Tensor) -> Tensor:
         return torch.arange(len(x), device=x.device, dtype=torch.float32)
 
     def take_rows(self, x: Tensor, indices: Tensor) -> Tensor:
-        return x.index_select(0, indices)
+        return x.take(indices) if x.dim() == 1 else x.index_select(0, indices)
 
     def take_along_last(self, x: Tensor, indices: Tensor) -> Tensor:
         return x.gather(-1, indices)
@@ -190,18 +200,53 @@ class TorchOps:
     def pad_last(self, x: Tensor, count: int) -> Tensor:
         return functional.pad(x, (0, count))
 
-    def rotate(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+    def rotate(self, x: Tensor, cos: Tensor, signed_sin: Tensor, *norms: tuple[str, int]) -> Tensor:
+        half = x.shape[-1] // 2
+        kept = self._rotations.get(norms)
+        if kept is None or kept[0] is not cos:  # the steps of a canvas share their positions, so their factors
+            rows = [self._weights.small(name, torch.float32).expand(heads, -1) for name, heads in norms]
+            weights = torch.cat(rows)
+            kept = cos, cos * weights, signed_sin * weights.roll(half, -1)
+            if kept[1].numel() <= KEPT_ROTATION:
+                self._rotations[norms] = kept
+        return torch.addcmul(x * kept[1], x.roll(half, -1), kept[2])
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        # In bfloat16 the product would round the scores, which the fused kernel keeps in float32.
+        small = self._folds and q.shape[0] == 1 and q.shape[1] * q.shape[2] * keys.shape[2] <= SMALL_SCORES
+        if small and mask is None:
+            return self._small_attention(q, keys[0], values[0])
         mixed = functional.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, scale=1.0, enable_gqa=q.shape[2] != keys.shape[1]
         )
         return mixed.transpose(1, 2).flatten(2)
 
+    @staticmethod
+    def _small_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One row whose keys, (kv_heads, keys, dim), are all visible: the fused kernel is made for more work."""
+        _, tokens, heads, dim = q.shape
+        groups = keys.shape[0]
+        grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+        mixed = torch.bmm(torch.bmm(grouped, keys.transpose(1, 2)).softmax(-1), values)
+        return mixed.view(groups, -1, tokens, dim).permute(2, 0, 1, 3).reshape(1, tokens, heads * dim)
+
+    def _scaled(self, normed: Tensor, scale: str, factor: float = 1.0) -> Tensor:
+        scaled = normed * self._weights.small(scale, torch.float32)
+        return (scaled if factor == 1.0 else scaled * factor).to(self._dtype)
+
+    def _gated(self, x: Tensor, both: Tensor) -> Tensor:
+        """The rows of ``both`` are those of the gate, then those of the up matrix."""
+        half = both.shape[0] // 2
+        if self._onednn and x.numel() * half >= ONEDNN_GATED:
+            # oneDNN applies the GELU and the product while the numbers are in registers: almost free.
+            gate = _onednn(x, both[:half], None, "gelu", [], "tanh")
+            result: Tensor = _onednn.binary(x, gate, both[half:], None, "mul")
+            return result
+        return self.gated_gelu(self._product(x, both))
+
     def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
         if self._onednn and x.numel() * matrix.shape[0] >= ONEDNN_PRODUCTS:
-            result: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+            result: Tensor = _onednn(x, matrix, None, "none", [], "")
             return result
         return functional.linear(x, matrix)
 

@@ -39,12 +39,22 @@ class TorchWeights:
             self._kept[names] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._kept[names]
 
-    def scaled(self, names: tuple[str, ...], scale: str, factor: float) -> torch.Tensor:
+    def scaled(self, names: tuple[str, ...], scale: str, factor: float = 1.0) -> torch.Tensor:
         """``fused`` with every input column times ``scale`` (in,) and ``factor``."""
         key = (*names, scale, str(factor))
         if key not in self._kept:
             column = self._load(scale, torch.float32) * factor
             self._kept[key] = torch.cat([self._load(name, torch.float32) * column for name in names]).to(self.dtype)
+        return self._kept[key]
+
+    def planar_experts(self, name: str, scale: str | None = None) -> torch.Tensor:
+        """(experts, 2 out, in) as one matrix (2 * experts * out, in): all gates, then all ups; scaled as ``scaled``."""
+        key = (name, "planar", scale or "")
+        if key not in self._kept:
+            experts = self._load(name, self.dtype)
+            count, both, size = experts.shape
+            planes = experts.view(count, 2, both // 2, size).transpose(0, 1).reshape(-1, size)
+            self._kept[key] = planes if scale is None else planes * self._load(scale, self.dtype)
         return self._kept[key]
 
     def summed_experts(self, name: str) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Checks of rows that every runner makes before it touches its state, so that one bad row harms nobody."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,7 +46,7 @@ def check_denoise(limits: RunnerLimits, lengths: Sequence[int], rows: Sequence[D
         _check_tokens(limits, row.slot, row.canvas)
         if not (row.uniforms.min() >= 0 and row.uniforms.max() < 1):
             raise InputError(f"slot {row.slot}: uniforms must lie in [0, 1)")
-        if not (np.isfinite(row.temperature) and row.temperature > 0):
+        if not (math.isfinite(row.temperature) and row.temperature > 0):
             raise InputError(f"slot {row.slot}: the temperature must be a positive number, not {row.temperature}")
         if row.top_k < 0 or not 0 < row.top_p <= 1:
             raise InputError(f"slot {row.slot}: top_k >= 0 and 0 < top_p <= 1 expected, not {row.top_k}, {row.top_p}")

@@ -7,9 +7,11 @@ next.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from canvasrt.errors import CapacityError
 from canvasrt.runtime.memory import sliding_rows
@@ -17,6 +19,7 @@ from canvasrt.runtime.protocol import RunnerLimits
 from canvasrt.spec import LayerKind, ModelSpec
 
 Tensor = torch.Tensor
+Ints = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -94,15 +97,15 @@ class TorchCache:
         key = (tuple(slots), tuple((s.length, s.start) for s in states), tuple(counts), width, canvas)
         if key == self._last_key:
             return self._last_call  # the steps of a canvas share everything but the tokens
-        held = torch.tensor([s.length for s in states]).view(-1, 1)
-        start = torch.tensor([s.start for s in states]).view(-1, 1)
+        held = np.array([[s.length] for s in states])
+        start = np.array([[s.start] for s in states])
         call = CacheCall(
             self,
             {
                 "full": self._plan("full", slots, held, counts, width, None, canvas),
                 "sliding": self._plan("sliding", slots, held - start, counts, width, self._window, canvas),
             },
-            positions=held + torch.arange(width),
+            positions=held + np.arange(width),
         )
         self._last_key, self._last_call = key, call
         return call
@@ -111,7 +114,7 @@ class TorchCache:
         self,
         kind: LayerKind,
         slots: Sequence[int],
-        held: Tensor,
+        held: Ints,
         counts: Sequence[int],
         width: int,
         window: int | None,
@@ -119,25 +122,28 @@ class TorchCache:
     ) -> "_Plan":
         """``held`` (rows, 1): buffer rows in use; ``window``: committed tokens that a token sees, None for all."""
         rows = self.rows[kind]
-        count = torch.tensor(counts).view(-1, 1)
-        column = torch.arange(width)
+        count = np.array(counts).reshape(-1, 1)
+        column = np.arange(width)
         padding_row = len(self._slots) * rows
-        write = torch.tensor(slots).view(-1, 1) * rows + held + column
-        write = torch.where(column < count, write, padding_row)
+        write = np.array(slots).reshape(-1, 1) * rows + held + column
+        write = np.where(column < count, write, padding_row)
         # Every canvas token sees the same committed tokens and the whole canvas: not a window per query. Padding looks
         # where the last real token does: an empty row of the mask would make NaN.
         seen_by = column[:1] if canvas == width else column
-        query = (held + torch.minimum(seen_by, count - max(canvas, 1))).unsqueeze(-1)  # (rows, width or 1, 1)
-        low = (query - window).clamp(min=0) if window is not None else torch.zeros_like(query)
-        in_canvas = ((seen_by >= count - canvas) & (canvas > 0)).unsqueeze(-1)
-        high = torch.where(in_canvas, (held + count - 1).unsqueeze(-1), query)
+        query = (held + np.minimum(seen_by, count - max(canvas, 1)))[..., None]  # (rows, width or 1, 1)
+        low = np.maximum(query - window, 0) if window is not None else np.zeros_like(query)
+        in_canvas = ((seen_by >= count - canvas) & (canvas > 0))[..., None]
+        high = np.where(in_canvas, (held + count - 1)[..., None], query)
         begin, end = int(low.min()), int((held + count).max())
-        key = torch.arange(begin, end)
+        key = np.arange(begin, end)
         visible = (key >= low) & (key <= high)  # (rows, width or 1, keys)
-        mask = None if bool(visible.all()) else torch.where(visible, 0.0, -torch.inf).unsqueeze(1)
+        mask = None
+        if not visible.all():
+            added = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
+            mask = torch.from_numpy(added).to(self._device, self._dtype)
         neighbours = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         return _Plan(
-            write=write.flatten().to(self._device),
+            write=torch.from_numpy(write.reshape(-1)).to(self._device),
             write_range=slice(int(write[0, 0]), int(write[0, 0]) + width)
             if len(slots) == 1 and counts[0] == width
             else None,
@@ -145,7 +151,7 @@ class TorchCache:
             slot_range=slice(slots[0], slots[0] + len(slots)) if neighbours else None,
             begin=begin,
             end=end,
-            mask=None if mask is None else mask.to(self._device, self._dtype),
+            mask=mask,
         )
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
@@ -155,26 +161,16 @@ class TorchCache:
         keys, values = (view[slot, : state.length - begin].clone() for view in self._views[layer])
         return keys, values
 
-    def write(self, layer: int, plans: "dict[LayerKind, _Plan]", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (rows, tokens, kv_heads, dim).
-
-        Returns what the call sees of them, (rows, kv_heads, keys, dim).
-        """
+    def places(self, layer: int, plans: "dict[LayerKind, _Plan]") -> "tuple[_Place, _Place]":
+        """Where a call's K and V of one layer go, and what it sees of the buffers."""
         plan = plans[self._layers[layer].kind]
-        return self._write_one(layer, 0, plan, k), self._write_one(layer, 1, plan, v)
+        return self._place(layer, 0, plan), self._place(layer, 1, plan)
 
-    def _write_one(self, layer: int, which: int, plan: "_Plan", new: Tensor) -> Tensor:
-        flat = self._flat[layer][which]
-        if plan.write_range is not None:
-            flat[plan.write_range] = new[0]
-        else:
-            flat.index_copy_(0, plan.write, new.reshape(-1, *flat.shape[1:]))
-        view = self._views[layer][which]
-        if plan.slot_range is not None:
-            seen = view[plan.slot_range, plan.begin : plan.end]
-        else:
-            seen = view[:, plan.begin : plan.end].index_select(0, plan.slots)
-        return seen.transpose(1, 2)
+    def _place(self, layer: int, which: int, plan: "_Plan") -> "_Place":
+        flat, view = self._flat[layer][which], self._views[layer][which]
+        one_row = None if plan.write_range is None else flat[plan.write_range].unsqueeze(0)
+        seen = None if plan.slot_range is None else view[plan.slot_range, plan.begin : plan.end].transpose(1, 2)
+        return _Place(plan, flat, view, one_row, seen)
 
     def _make_room(self, slot: int, count: int) -> None:
         """Moves the visible window to the front of the slot's sliding buffers when ``count`` tokens
@@ -207,16 +203,41 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """One call's use of one buffer; the views are made once and serve all steps of a canvas."""
+
+    plan: _Plan
+    flat: Tensor  # (all rows of all slots, kv_heads, dim)
+    view: Tensor  # (slots, rows, kv_heads, dim)
+    one_row: Tensor | None  # (1, width, kv_heads, dim): a view of what is written, when it is one piece
+    seen: Tensor | None  # (rows, kv_heads, keys, dim): a view of what is read, when the slots are neighbours
+
+    def write(self, new: Tensor) -> Tensor:
+        """Stores new (rows, tokens, kv_heads, dim) and returns what the call sees, (rows, kv_heads, keys, dim)."""
+        if self.one_row is not None:
+            self.one_row.copy_(new)
+        else:
+            self.flat.index_copy_(0, self.plan.write, new.reshape(-1, *self.flat.shape[1:]))
+        if self.seen is not None:
+            return self.seen
+        return self.view[:, self.plan.begin : self.plan.end].index_select(0, self.plan.slots).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
 class CacheCall:
     """Implements canvasrt.ops.protocol.Cache for one call."""
 
     cache: TorchCache
     plans: "dict[LayerKind, _Plan]"
-    positions: Tensor  # (rows, tokens) of the new tokens, on the CPU
+    positions: Ints  # (rows, tokens) of the new tokens
+    _places: dict[int, tuple[_Place, _Place]] = field(default_factory=dict)
 
     @property
     def masks(self) -> dict[LayerKind, Tensor | None]:
         return {kind: plan.mask for kind, plan in self.plans.items()}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.write(layer, self.plans, k, v)
+        places = self._places.get(layer)
+        if places is None:
+            places = self._places[layer] = self.cache.places(layer, self.plans)
+        return places[0].write(k), places[1].write(v)

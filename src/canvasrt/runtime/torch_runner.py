@@ -15,7 +15,7 @@ from torch.nn import functional
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, InputError
 from canvasrt.network.attention import Rotary
-from canvasrt.network.layer import MoeChoice
+from canvasrt.network.moe import MoeChoice
 from canvasrt.network.sampler import Filters, Prediction
 from canvasrt.network.text import Canvas, Phase, TextInputs, text_network
 from canvasrt.ops.torch_ops import TorchOps
@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 
 _NOTHING = np.zeros(0, dtype=np.int32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DENSE_PRODUCTS = 12_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
+DENSE_PRODUCTS = 25_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
 CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
 
 
@@ -74,7 +74,8 @@ class TorchRunner:
         self._moe = moe
         self._ops = TorchOps(TorchWeights(checkpoint, self._device, torch_dtype))
         self._cache = TorchCache(spec, self._limits, self._device, torch_dtype)
-        self._soft = torch.zeros(slots, spec.canvas_length, spec.hidden_size, device=self._device, dtype=torch_dtype)
+        self._no_signal = torch.zeros(1, spec.canvas_length, spec.hidden_size, device=self._device, dtype=torch_dtype)
+        self._soft = [self._no_signal] * slots  # replaced after each step, never written to
         kinds: dict[LayerKind, LayerSpec] = {layer.kind: layer for layer in spec.layers}
         self._frequencies = {kind: _inverse_frequencies(layer).to(self._device) for kind, layer in kinds.items()}
         self._rotary: tuple[CacheCall | None, dict[LayerKind, Rotary[Tensor]]] = (None, {})
@@ -100,7 +101,7 @@ class TorchRunner:
         check_slot(self._limits, slot)
         self._pending.pop(slot, None)
         self._cache.release(slot)
-        self._soft[slot] = 0
+        self._soft[slot] = self._no_signal
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each: for verification."""
@@ -139,7 +140,7 @@ class TorchRunner:
     def _encode_pieces(self, slots: list[int], pieces: list[NDArray[np.int32]]) -> None:
         counts = [len(piece) for piece in pieces]
         width = max(counts)
-        tokens = np.zeros((len(pieces), width), dtype=np.int64)
+        tokens = np.zeros((len(pieces), width), dtype=np.int32)
         for row, piece in zip(tokens, pieces, strict=True):
             row[: len(piece)] = piece
         call = self._cache.open(slots, counts, width, canvas=0)
@@ -160,9 +161,8 @@ class TorchRunner:
         context = self._pending.pop(slots[0], _NOTHING)
         width = len(context) + size
         call = self._cache.open(slots, [width] * len(rows), width, canvas=size)
-        tokens = np.stack([np.concatenate([context, row.canvas]) for row in rows]).astype(np.int64)
-        slot_index = torch.tensor(slots, device=self._device)
-        signals = self._signals(rows, slot_index)
+        tokens = np.stack([np.concatenate([context, row.canvas]) if len(context) else row.canvas for row in rows])
+        signals = self._signals(rows)
         canvas = Canvas(
             soft_embeddings=functional.pad(signals, (0, 0, len(context), 0)) if len(context) else signals,
             temperature=self._per_token(rows, [row.temperature for row in rows]),
@@ -174,7 +174,9 @@ class TorchRunner:
         prediction = self._run(phase, torch.from_numpy(tokens).to(self._device), call, canvas)
         assert prediction is not None  # only the encoder phase predicts nothing
         self._cache.commit(slots[0], len(context))
-        self._soft.index_copy_(0, slot_index, prediction.soft_embeddings.view(len(rows), size, -1))
+        soft = prediction.soft_embeddings.view(len(rows), size, -1)
+        for index, slot in enumerate(slots):
+            self._soft[slot] = soft[index : index + 1]
         return _results(rows, prediction, size)
 
     def _run(
@@ -200,7 +202,7 @@ class TorchRunner:
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
         if self._rotary[0] is not call:
-            positions = call.positions.to(self._device).float().view(*call.positions.shape, 1, 1)
+            positions = torch.from_numpy(call.positions.astype(np.float32)[..., None, None]).to(self._device)
             factors: dict[LayerKind, Rotary[Tensor]] = {}
             for kind, frequencies in self._frequencies.items():
                 angles = positions * frequencies
@@ -214,13 +216,11 @@ class TorchRunner:
         per_token = np.repeat(np.array(values, dtype=np.float32), self._limits.canvas)
         return torch.from_numpy(per_token).to(self._device).view(-1, 1)
 
-    def _signals(self, rows: Sequence[DenoiseRow], slots: Tensor) -> Tensor:
+    def _signals(self, rows: Sequence[DenoiseRow]) -> Tensor:
         """(rows, canvas, hidden): what each slot kept from its last step, zero for a canvas's first."""
-        kept = self._soft.index_select(0, slots)
-        for index, row in enumerate(rows):
-            if row.first:
-                kept[index] = 0  # set, not multiplied: nothing of an earlier request may leak, not even as 0 * NaN
-        return kept
+        # Chosen, not multiplied by 0: nothing of an earlier request may leak, not even as 0 * NaN.
+        kept = [self._no_signal if row.first else self._soft[row.slot] for row in rows]
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
 
     def _filters(self, rows: Sequence[DenoiseRow]) -> Filters[Tensor] | None:
         vocabulary = self._limits.vocabulary
