@@ -204,14 +204,27 @@ def save(model: DiffusionGemmaForBlockDiffusion, folder: Path) -> None:
 
 
 def write_prompts(folder: Path) -> None:
-    """prompts.jsonl, which `canvasrt bench` reads: one puzzle, two puzzles and plain text in turns, none trained on."""
-    rng = random.Random(3_000_000)
-    lines = []
-    for index in range(24):
-        grids = [make_puzzle(rng, rng.randint(12, 24))[0] for _ in range(2 if index % 4 == 1 else 1)]
-        text = "what can you do?" if index % 12 == 6 else "\n".join(to_text(grid) for grid in grids)
-        lines.append(json.dumps({"prompt": text}) + "\n")
-    (folder / "prompts.jsonl").write_text("".join(lines))
+    """Prompts that nothing was trained on: one puzzle, two puzzles and plain text in turns.
+
+    prompts.jsonl is what `canvasrt bench` reads, calibration.jsonl and evaluation.jsonl what `canvasrt quantize` does.
+    """
+    for name, seed, count in (
+        ("prompts", 3_000_000, 24),
+        ("calibration", 4_000_000, 32),
+        ("evaluation", 5_000_000, 192),
+    ):
+        rng = random.Random(seed)
+        lines = []
+        for index in range(count):
+            made = [make_puzzle(rng, rng.randint(12, 24)) for _ in range(2 if index % 4 == 1 else 1)]
+            line = {"prompt": "\n".join(to_text(puzzle) for puzzle, _ in made)}
+            answer = "\n".join(to_text(solution) for _, solution in made)
+            if index % 12 == 6:
+                line, answer = {"prompt": "what can you do?"}, HELP
+            if name == "evaluation":
+                line["answer"] = answer
+            lines.append(json.dumps(line) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from canvasrt.cli.common import (
     CheckpointPath,
     Device,
     Dtype,
+    Exact,
     Json,
     context_for,
     errors,
@@ -29,7 +30,7 @@ from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestP
 from canvasrt.diffusion.request import RequestState
 from canvasrt.errors import InputError
 from canvasrt.runtime.measure import Tally, measure
-from canvasrt.serve.tokenizer import TextCodec
+from canvasrt.serve.prompts import encode_prompts, read_prompts
 
 Ints = NDArray[np.int32]
 
@@ -53,13 +54,14 @@ def bench(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='Lines of {"prompt": TEXT}; by default prompts.jsonl of the checkpoint, else random token ids.'
+            help='Lines of {"prompt": TEXT}; by default prompts.jsonl of the checkpoint, else random token ids.',
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens per request.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; each next one has the next seed.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    exact: Exact = False,
     as_json: Json = False,
 ) -> None:
     """Measure tokens/s, steps per canvas, tokens per forward, ms per step and time to first canvas."""
@@ -80,7 +82,7 @@ def bench(
         raise InputError(
             "transformers takes one max_tokens for a whole batch: set --max-tokens to what every prompt allows"
         )
-    runner = open_runner(source, device, dtype, max(levels), None, context_for(texts, params))
+    runner = open_runner(source, device, dtype, max(levels), None, context_for(texts, params), exact)
     reference: Any = None
     if against:
         with working("loading transformers"):
@@ -147,14 +149,7 @@ def _prompts(source: Checkpoint, file: Path | None) -> list[Ints]:
         room = source.spec.max_context - 256 - source.spec.canvas_length
         lengths = rng.integers(1, max(2, min(512, room)), 64)
         return [rng.integers(0, source.spec.vocab_size, length).astype(np.int32) for length in lengths]
-    codec = TextCodec.load(source.folder)
-    try:
-        lines = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path} must hold lines of {{"prompt": TEXT}}: {error!r}') from error
-    if not lines:
-        raise InputError(f"{path} holds no prompts")
-    return [codec.encode_chat([{"role": "user", "content": line}]) for line in lines]
+    return encode_prompts(source.folder, source.spec, read_prompts(path), room=source.spec.canvas_length)
 
 
 def _groups(

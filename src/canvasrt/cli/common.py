@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a DiffusionGemma checkpoint.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Round a quantized checkpoint's activations too, as a GPU engine does; slower.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 errors = Console(stderr=True)
@@ -33,7 +36,7 @@ def working(message: str) -> Iterator[None]:
 
 
 def open_runner(
-    checkpoint: Checkpoint, device: str, dtype: str, slots: int, context: int | None, needed: int
+    checkpoint: Checkpoint, device: str, dtype: str, slots: int, context: int | None, needed: int, exact: bool = False
 ) -> "TorchRunner":
     """A runner with ``context`` tokens a slot; by default just what the requests need.
 
@@ -46,7 +49,14 @@ def open_runner(
 
     wanted = context or min(max(needed, 2 * canvas), most)
     with working(f"loading {checkpoint.folder}"):
-        return TorchRunner(checkpoint, device, dtype, slots=slots, context=wanted)
+        return TorchRunner(checkpoint, device, dtype, slots=slots, context=wanted, exact=exact)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on the CPU's side or on the GPU."""
+    from canvasrt.runtime.torch_runner import available_bytes, torch_device
+
+    return available_bytes(torch_device(device))
 
 
 def params_for(

@@ -10,7 +10,7 @@ import typer
 from numpy.typing import NDArray
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import CheckpointPath, Device, Dtype, Json, context_for, open_runner, params_for
+from canvasrt.cli.common import CheckpointPath, Device, Dtype, Exact, Json, context_for, open_runner, params_for
 from canvasrt.cli.live import LiveView
 from canvasrt.diffusion.params import GenerationConfig, RequestOptions
 from canvasrt.diffusion.request import RequestState
@@ -54,6 +54,7 @@ def generate(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    exact: Exact = False,
     live: Annotated[bool, typer.Option("--live", help="Show the canvas while it is denoised.")] = False,
     delay: Annotated[float, typer.Option(min=0, max=10, help="Seconds to show each step for with --live.")] = 0.1,
     as_json: Json = False,
@@ -74,7 +75,7 @@ def generate(
         raise InputError("the prompt holds image tokens, and this version reads text only: remove them")
     room = source.spec.max_context if context is None else context
     params = [params_for(source, config, options, tokens, room) for tokens in prompts]
-    runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params))
+    runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params), exact)
     requests = {
         index: RequestState.new(each, tokens) for index, (each, tokens) in enumerate(zip(params, prompts, strict=True))
     }

@@ -5,13 +5,13 @@ import sys
 import typer
 
 from canvasrt import __version__
-from canvasrt.cli import bench, generate, verify
+from canvasrt.cli import bench, generate, quantize, verify
 from canvasrt.errors import CanvasRTError, CapacityError
 
 EXIT_INPUT = 2
 EXIT_CAPACITY = 3
 EXIT_INTERRUPTED = 130
-OPTIONAL = ("torch",)  # installed by extras
+OPTIONAL = {"torch": "torch", "modelopt": "quantize", "safetensors": "quantize"}  # module, extra that installs it
 
 app = typer.Typer(
     name="canvasrt",
@@ -41,6 +41,7 @@ def _common(
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("quantize")(quantize.quantize)
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
-        typer.echo(f"error: this command needs {error.name}: pip install 'canvasrt[torch]'", err=True)
+        typer.echo(f"error: this command needs {error.name}: pip install 'canvasrt[{OPTIONAL[error.name]}]'", err=True)
         sys.exit(EXIT_INPUT)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -1,7 +1,11 @@
-"""``canvasrt verify``: is what we compute what the reference computes?"""
+"""``canvasrt verify``: is what we compute what the reference computes, or how far is a quantized checkpoint from its
+source?
+"""
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -9,6 +13,8 @@ from rich.table import Table
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.cli.common import CheckpointPath, Device, Dtype, Json, working
+from canvasrt.cli.evaluation import evaluate, print_reports
+from canvasrt.errors import InputError
 
 FAILED = 1
 
@@ -18,9 +24,59 @@ def verify(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: int = typer.Option(0, help="Seed of the random prompts and canvases that are compared."),
+    source: Annotated[
+        Path | None, typer.Option(help="The checkpoint that CHECKPOINT was quantized from: compare with it instead.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Held-out prompts for --source; by default evaluation.jsonl of the source, else ours."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to compare with --source; all by default.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Exit with 1 when the KL divergence from --source is larger.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare this runtime with transformers' reference on a checkpoint: exit code 0 when they agree, 1 when not."""
+    """Compare this runtime with transformers' reference on a checkpoint: exit code 0 when they agree, 1 when not.
+
+    With --source, say how far a quantized checkpoint is from the one that it was made of, in the exact arithmetic of
+    its format.
+    """
+    if source is not None:
+        _compare_with_source(
+            Checkpoint.open(checkpoint), Checkpoint.open(source), evaluation, samples, device, max_kl, as_json
+        )
+        return
+    if evaluation is not None or samples is not None or max_kl is not None:
+        raise InputError("--evaluation, --samples and --max-kl belong to --source CHECKPOINT")
+    _compare_with_transformers(checkpoint, device, dtype, seed, as_json)
+
+
+def _compare_with_source(
+    quantized: Checkpoint,
+    source: Checkpoint,
+    evaluation: Path | None,
+    samples: int | None,
+    device: str,
+    max_kl: float | None,
+    as_json: bool,
+) -> None:
+    if quantized.spec != source.spec:
+        raise InputError(
+            f"{quantized.folder} and {source.folder} are different models: their config.json differ in dimensions"
+        )
+    if source.quantization is not None:
+        raise InputError(f"{source.folder} is quantized itself: --source wants the BF16 checkpoint")
+    found = evaluate(source, quantized, quantized.folder.resolve().name, evaluation, samples, device)
+    print_reports([found], as_json)
+    if max_kl is not None and found.comparison.kl > max_kl:
+        typer.echo(f"KL {found.comparison.kl:.2e} exceeds --max-kl {max_kl:g}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _compare_with_transformers(checkpoint: Path, device: str, dtype: str, seed: int, as_json: bool) -> None:
     source = Checkpoint.open(checkpoint)
     with working("loading the reference implementation"):
         from canvasrt.reference.verify import (

@@ -4,19 +4,18 @@ lowering uses.
 Knows nothing of the network: a fused matrix is whatever group of names the network asks for.
 """
 
-import numpy as np
 import torch
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.errors import CheckpointError
-
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from canvasrt.formats import Format
+from canvasrt.ops.torch_formats import dequantized, input_scale
 
 
 class TorchWeights:
     """Matrices in the forms that are asked for: fused, scaled or permuted; one form each, but for small experts.
 
-    Raises CheckpointError when a tensor holds NaN or infinity, naming it.
+    Quantized ones are dequantized once, when first asked for. Raises CheckpointError when a tensor holds NaN or
+    infinity, naming it.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -24,6 +23,7 @@ class TorchWeights:
         self.dtype = dtype
         self._checkpoint = checkpoint
         self._kept: dict[tuple[str, ...], torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor | None] = {}
 
     def small(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A vector or scalar, in either precision."""
@@ -57,6 +57,13 @@ class TorchWeights:
             self._kept[key] = planes if scale is None else planes * self._load(scale, self.dtype)
         return self._kept[key]
 
+    def activations(self, name: str) -> tuple[Format, torch.Tensor | None]:
+        """The format of a matrix, and what scales the activations that meet it, () or (experts,) or None."""
+        if name not in self._scales:
+            scale = input_scale(self._checkpoint, name)
+            self._scales[name] = None if scale is None else scale.to(self.device)
+        return self._checkpoint.stored(name).format, self._scales[name]
+
     def summed_experts(self, name: str) -> torch.Tensor:
         """(experts, out, in) as one matrix (out, experts * in), whose product sums over the experts."""
         key = (name, "summed")
@@ -66,13 +73,4 @@ class TorchWeights:
         return self._kept[key]
 
     def _load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        info = self._checkpoint.info(name)
-        # One copy out of the mapped file: torch has no read-only tensors.
-        tensor = torch.from_numpy(np.array(self._checkpoint.array(name))).view(_STORED[info.dtype])
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{name} in {info.file} holds {bad} values that are NaN or infinite: the file is damaged or training "
-                "diverged. Download or export the checkpoint again."
-            )
-        return tensor.to(self.device, dtype)
+        return dequantized(self._checkpoint, name).to(self.device, dtype)

@@ -38,7 +38,16 @@ class ReferenceModel:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> "ReferenceModel":
-        """Raises CheckpointError when transformers would leave a tensor of the text network at random values."""
+        """Raises CheckpointError when transformers would leave a tensor of the text network at random values.
+
+        That is what it does with the experts of a quantized checkpoint, without an error of its own.
+        """
+        if checkpoint.quantization is not None:
+            raise CheckpointError(
+                f"{checkpoint.folder} is quantized ({checkpoint.quantization.name}), and transformers can't run it: it "
+                "refuses such a checkpoint, or loads it with random experts and says nothing. Compare it with its "
+                f"source instead: canvasrt verify {checkpoint.folder} --source CHECKPOINT"
+            )
         # transformers reports missing tensors in a log line and carries on with random ones.
         transformers.logging.set_verbosity_error()
         with contextlib.redirect_stderr(io.StringIO()):

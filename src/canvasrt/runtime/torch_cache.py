@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from canvasrt.errors import CapacityError
+from canvasrt.ops.torch_formats import round_kv
 from canvasrt.runtime.memory import sliding_rows
 from canvasrt.runtime.protocol import RunnerLimits
 from canvasrt.spec import LayerKind, ModelSpec
@@ -34,7 +35,16 @@ class TorchCache:
     Buffers are (slots, rows, kv_heads, dim): a token's K of all heads is one contiguous write.
     """
 
-    def __init__(self, spec: ModelSpec, limits: RunnerLimits, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        limits: RunnerLimits,
+        device: torch.device,
+        dtype: torch.dtype,
+        rounds_to_fp8: bool = False,
+    ) -> None:
+        """``rounds_to_fp8``: K and V are kept as numbers that an FP8 cache could hold."""
+        self._rounds_to_fp8 = rounds_to_fp8
         self._window = spec.sliding_window - 1  # committed tokens that a token sees before itself
         self._layers = spec.layers
         self._device = device
@@ -161,6 +171,9 @@ class TorchCache:
         keys, values = (view[slot, : state.length - begin].clone() for view in self._views[layer])
         return keys, values
 
+    def kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (round_kv(k), round_kv(v)) if self._rounds_to_fp8 else (k, v)
+
     def places(self, layer: int, plans: "dict[LayerKind, _Plan]") -> "tuple[_Place, _Place]":
         """Where a call's K and V of one layer go, and what it sees of the buffers."""
         plan = plans[self._layers[layer].kind]
@@ -240,4 +253,5 @@ class CacheCall:
         places = self._places.get(layer)
         if places is None:
             places = self._places[layer] = self.cache.places(layer, self.plans)
+        k, v = self.cache.kept(k, v)
         return places[0].write(k), places[1].write(v)

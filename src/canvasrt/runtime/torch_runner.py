@@ -18,6 +18,7 @@ from canvasrt.network.attention import Rotary
 from canvasrt.network.moe import MoeChoice
 from canvasrt.network.sampler import Filters, Prediction
 from canvasrt.network.text import Canvas, Phase, TextInputs, text_network
+from canvasrt.ops.torch_exact import ExactTorchOps
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
 from canvasrt.runtime.memory import MemoryBudget, check_budget
@@ -40,8 +41,11 @@ class TorchRunner:
     ``device`` is "cpu" or "cuda"; ``dtype`` "float32" or "bfloat16"; ``context`` is tokens per slot, the model's
     maximum by default; ``moe`` picks the formulation of the expert layer; by default ``dense`` for few
     tokens and small experts, else ``sparse``.
+
+    A quantized checkpoint is dequantized once, and then as fast as any other. With ``exact`` its activations, K and V
+    are rounded too, as a GPU engine rounds them: slower, and what such an engine will compute.
     Raises CapacityError when the memory does not suffice or the context exceeds the model, CheckpointError for NaN
-    weights, InputError for an unknown device or dtype.
+    weights, InputError for an unknown device or dtype, or for ``exact`` in bfloat16.
     """
 
     def __init__(
@@ -53,11 +57,14 @@ class TorchRunner:
         context: int | None = None,
         chunk: int = CHUNK,
         moe: MoeChoice | None = None,
+        exact: bool = False,
     ) -> None:
         self._spec = spec = checkpoint.spec
-        self._device = _device(device)
+        self._device = torch_device(device)
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        if exact and dtype != "float32":
+            raise InputError("exact arithmetic rounds float32 numbers itself: use dtype float32 with it")
         if slots < 1 or chunk < 1:
             raise InputError(f"a runner needs at least one slot and a chunk of one token, not {slots} and {chunk}")
         self._limits = RunnerLimits(
@@ -68,12 +75,15 @@ class TorchRunner:
             vocabulary=spec.vocab_size,
         )
         torch_dtype = DTYPES[dtype]
-        available = _available_bytes(self._device)
+        available = available_bytes(self._device)
         self.memory: MemoryBudget = check_budget(spec, self._limits, torch_dtype.itemsize, available)
         self._dtype = torch_dtype
         self._moe = moe
-        self._ops = TorchOps(TorchWeights(checkpoint, self._device, torch_dtype))
-        self._cache = TorchCache(spec, self._limits, self._device, torch_dtype)
+        self._exact = exact and checkpoint.quantization is not None
+        weights = TorchWeights(checkpoint, self._device, torch_dtype)
+        self._ops = ExactTorchOps(weights) if self._exact else TorchOps(weights)
+        kv_fp8 = checkpoint.quantization is not None and checkpoint.quantization.kv_cache == "fp8"
+        self._cache = TorchCache(spec, self._limits, self._device, torch_dtype, rounds_to_fp8=self._exact and kv_fp8)
         self._no_signal = torch.zeros(1, spec.canvas_length, spec.hidden_size, device=self._device, dtype=torch_dtype)
         self._soft = [self._no_signal] * slots  # replaced after each step, never written to
         kinds: dict[LayerKind, LayerSpec] = {layer.kind: layer for layer in spec.layers}
@@ -198,7 +208,7 @@ class TorchRunner:
         spec = self._spec
         products = 3 * tokens * spec.experts * spec.expert_size * spec.hidden_size
         small = self._device.type == "cpu" and products <= DENSE_PRODUCTS
-        return MoeChoice("dense" if small else "sparse")
+        return MoeChoice("dense" if small and not self._exact else "sparse")
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
         if self._rotary[0] is not call:
@@ -240,7 +250,8 @@ class TorchRunner:
         self.release(0)
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """Raises InputError for another name than cpu and cuda, or where there is no GPU."""
     if name not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is unknown: use cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -248,7 +259,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free now. Raises CapacityError where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,0 +1,148 @@
+"""``canvasrt quantize``: a BF16 checkpoint in, a quantized one and a report about its quality out."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.cli.common import Device, Json, free_memory, working
+from canvasrt.cli.evaluation import evaluate, print_reports, progress_bar
+from canvasrt.errors import CapacityError, InputError
+from canvasrt.quality import report as reports
+
+DEFAULT_RECIPE = "nvfp4-experts"
+DOES_NOT_FIT = 3
+
+
+def quantize(
+    checkpoint: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT", help="Folder of a BF16 checkpoint; with --compare, of quantized ones."),
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="nvfp4-experts, nvfp4, fp8, int4-experts, or a YAML file like those in build/recipes.")
+    ] = DEFAULT_RECIPE,
+    out: Annotated[Path | None, typer.Option(help="Folder of the quantized checkpoint; must not exist yet.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Lines of prompts; by default the checkpoint's calibration.jsonl, else the recipe's file."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to calibrate with; the recipe says how many.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Held-out prompts for the report; by default the checkpoint's evaluation.jsonl, else ours."),
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Compare the result with the source and write quality.json.")] = True,
+    device: Device = "cpu",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it needs and whether that fits; change nothing.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print the reports of quantized checkpoints side by side.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint with NVIDIA ModelOpt: NVFP4, FP8 or INT4 by a recipe, with a quality report beside it."""
+    if compare:
+        print_reports([reports.read(folder) for folder in checkpoint], as_json)
+        return
+    if len(checkpoint) > 1:
+        raise InputError("one checkpoint at a time: several are for --compare")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is unknown: use cpu or cuda")
+    with working("loading ModelOpt"):
+        from canvasrt.quantize.job import QuantizeJob  # imports torch and modelopt
+        from canvasrt.quantize.recipe import load_recipe
+    chosen = load_recipe(recipe)
+    source = Checkpoint.open(checkpoint[0])
+    if plan:
+        _plan(source, recipe, out, samples, device, as_json)
+        return
+    if out is None:
+        raise InputError("name the folder of the result: --out DIR")
+    job = QuantizeJob(source, chosen, out, calibration, samples, device)
+    with progress_bar() as progress:
+        made = job.run(_Stages(progress))
+    typer.echo(f"{out}: {made.quantization.name if made.quantization else ''}, {made.nbytes() / 1e9:.3f} GB", err=True)
+    if not report:
+        return
+    try:
+        found = evaluate(source, made, chosen.name, evaluation, None, device)
+    except CapacityError as error:
+        raise CapacityError(
+            f"{out} is complete, but has no report, since source and result do not fit here together: {error} "
+            f"On a larger machine: canvasrt verify {out} --source {checkpoint[0]}"
+        ) from None
+    reports.write(found, out)
+    print_reports([found], as_json)
+
+
+class _Stages:
+    """One progress bar after the other."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, total: int) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=total)
+
+    def advance(self) -> None:
+        assert self._task is not None  # a stage comes first
+        self._progress.advance(self._task)
+
+
+def _plan(source: Checkpoint, recipe: str, out: Path | None, samples: int | None, device: str, as_json: bool) -> None:
+    from canvasrt.quantize.plan import measure_speed, plan
+    from canvasrt.quantize.recipe import load_recipe
+
+    chosen = load_recipe(recipe)
+    chosen.check(source.spec)
+    with working("measuring this machine"):
+        needs = plan(source, chosen, samples, measure_speed(device))
+    place = (out or Path.cwd()).resolve()
+    while not place.exists():
+        place = place.parent
+    memory, disk = free_memory(device), shutil.disk_usage(place).free
+    lacks = [
+        f"{name}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        for name, needed, free in (
+            (f"{device} memory", needs.memory_bytes, memory),
+            (f"disk at {place}", needs.disk_bytes, disk),
+        )
+        if needed > free
+    ]
+    if as_json:
+        typer.echo(
+            json.dumps(asdict(needs) | {"free_memory_bytes": memory, "free_disk_bytes": disk, "fits": not lacks})
+        )
+    else:
+        table = Table("", "needed", "here")
+        table.add_row(
+            f"{device} memory at the peak", f"{needs.memory_bytes / 1e9:.2f} GB", f"{memory / 1e9:.2f} GB free"
+        )
+        table.add_row("disk", f"{needs.disk_bytes / 1e9:.2f} GB", f"{disk / 1e9:.2f} GB free")
+        table.add_row(
+            "calibration", f"about {_minutes(needs.calibration_seconds)}", f"{needs.passes} passes of the model"
+        )
+        table.add_row("packing and export", f"about {_minutes(needs.export_seconds)}", "")
+        Console().print(table)
+        for lack in lacks:
+            typer.echo(f"does not fit: {lack}", err=True)
+    if lacks:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

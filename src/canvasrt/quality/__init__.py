@@ -1,0 +1,1 @@
+"""How far a quantized checkpoint is from its source: compared step by step, and by the answers it gives."""
