@@ -38,7 +38,7 @@ PLAIN = Format("plain")
 class Quantization:
     """What a checkpoint declares. Which tensors are quantized is told by the tensors themselves."""
 
-    producer: Literal["modelopt", "compressed-tensors"]
+    producer: Literal["modelopt", "compressed-tensors", "canvasrt"]
     eight_bit: Format | None  # of the matrices stored in FP8
     four_bit: Format | None  # of the matrices stored in packed bytes
     kv_cache: Literal["fp8"] | None
@@ -74,6 +74,9 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> Quantization |
         section = content.get("quantization") if isinstance(content, dict) else None
         if not isinstance(section, dict):
             raise _refusal(own, "has no quantization section")
+        other = declared.get("quant_algo") if isinstance(declared, dict) else None
+        if other is not None and other != section.get("quant_algo"):
+            raise _refusal(own, f"says {section.get('quant_algo')!r} where config.json says {other!r}")
         return _modelopt(own, section, section.get("kv_cache_quant_algo"))
     if declared is None:
         return None
@@ -82,7 +85,8 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> Quantization |
         raise _refusal(where, "has a quantization_config that is not an object")
     method = declared.get("quant_method")
     if method == "modelopt":
-        return _modelopt(where, declared, "FP8" if _is_fp8(declared.get("kv_cache_scheme")) else None)
+        scheme = declared.get("kv_cache_scheme")
+        return _modelopt(where, declared, "FP8" if _is_fp8(scheme) else scheme)
     if method == "compressed-tensors":
         return _compressed_tensors(where, declared)
     raise _refusal(where, f"is quantized by the method {method!r}")
@@ -90,19 +94,28 @@ def read_quantization(folder: Path, config: Mapping[str, Any]) -> Quantization |
 
 def _modelopt(where: Path, section: Mapping[str, Any], kv: Any) -> Quantization:
     algorithm = section.get("quant_algo")
-    if algorithm not in _MODELOPT:
+    if not isinstance(algorithm, str) or algorithm not in _MODELOPT:
         raise _refusal(where, f"has the quant_algo {algorithm!r}")
     eight, four = _MODELOPT[algorithm]
     if four is not None:
-        block = section.get("group_size", four.block)
+        block = section.get("group_size", _group_size(section) or four.block)
         if four.weights == "nvfp4" and block != NVFP4_BLOCK:
             raise _refusal(where, f"has NVFP4 blocks of {block!r} weights instead of {NVFP4_BLOCK}")
-        if not isinstance(block, int) or block < 1:
+        if type(block) is not int or block < 1:
             raise _refusal(where, f"has the group_size {block!r}")
         four = Format(four.weights, four.activations, block)
     if kv not in (None, "FP8"):
         raise _refusal(where, f"has a K/V cache in {kv!r} instead of FP8")
-    return Quantization("modelopt", eight, four, "fp8" if kv else None)
+    producer: Literal["modelopt", "canvasrt"] = "canvasrt" if algorithm == "W4A16" else "modelopt"
+    return Quantization(producer, eight, four, "fp8" if kv else None)
+
+
+def _group_size(section: Mapping[str, Any]) -> Any:
+    """Where ModelOpt's quantization_config keeps the block size."""
+    groups = section.get("config_groups")
+    group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return weights.get("group_size") if isinstance(weights, dict) else None
 
 
 def _compressed_tensors(where: Path, declared: Mapping[str, Any]) -> Quantization:
@@ -114,8 +127,10 @@ def _compressed_tensors(where: Path, declared: Mapping[str, Any]) -> Quantizatio
         or not isinstance(weights, dict)
         or not _is_fp8(weights)
         or weights.get("strategy") not in ("channel", "tensor")
+        or weights.get("symmetric") is False
+        or group.get("output_activations") is not None
     ):
-        raise _refusal(where, "has other than one config group of FP8 weights per channel or tensor")
+        raise _refusal(where, "has other than one config group of symmetric FP8 weights per channel or tensor")
     inputs = group.get("input_activations")
     activations: Activations = "none"
     if inputs is not None:

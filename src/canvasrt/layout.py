@@ -5,7 +5,7 @@ weight_scale, weight_scale_2, input_scale), and the experts of a layer one by on
 NVIDIA (ModelOpt) and Red Hat (compressed-tensors). Knows nothing of arithmetic: see canvasrt.ops.torch_formats.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from canvasrt.spec import ModelSpec
 from canvasrt.tensorfile import TensorInfo, listing
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
-_SCALARS = ("F32", "BF16", "F16")
+_QUANTIZED = ("U8", "F8_E4M3")
 _IGNORED_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-_MATRIX = 2  # axes
 _GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
 _WEIGHT, _SCALE, _GLOBAL, _INPUT = ".weight", ".weight_scale", ".weight_scale_2", ".input_scale"
+_SUFFIXES = (_WEIGHT, _SCALE, _GLOBAL, _INPUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class _Faults:
     shapes: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)  # stored tensors that belong to the model, right or wrong
 
 
 def stored_tensors(
@@ -74,9 +75,7 @@ def stored_tensors(
         stored = _stored(name, shape, quantization, text, faults)
         if stored is not None:
             result[name] = stored
-    used = {info.name for stored in result.values() for info in stored.infos()}
-    touched = used | {line.split()[0].removesuffix(":") for line in (*faults.shapes, *faults.dtypes, *faults.formats)}
-    extra = [f"{name} {list(info.shape)}" for name, info in text.items() if name not in touched]
+    extra = [info for name, info in text.items() if name not in faults.seen]
     _refuse(folder, quantization, faults, extra)
     return result
 
@@ -89,33 +88,33 @@ def _stored(
     faults: _Faults,
 ) -> Stored | None:
     """The tensor, or None after noting what is wrong with it."""
-    if name in found and found[name].dtype in PLAIN_DTYPES:
-        return _plain(found[name], shape, faults)
+    whole = found.get(name)
     parts = _parts(name, shape) if quantization is not None else None
-    if parts is None:
-        if name in found:
-            faults.dtypes.append(f"{name}: found {found[name].dtype}")
-        else:
-            faults.missing.append(f"{name} {list(shape)}")
+    if parts is None or (whole is not None and whole.dtype in PLAIN_DTYPES):
+        return _plain(name, shape, whole, faults)
+    matched = [(stem, _matrix(stem, size, quantization, found, faults)) for stem, size in parts]
+    matrices = [(stem, match) for stem, match in matched if match is not None]
+    if len(matrices) < len(matched):
         return None
-    matrices: list[Matrix] = []
-    formats: set[Format] = set()
-    for stem, size in parts:
-        matched = _matrix(stem, size, quantization, found, faults)
-        if matched is None:
-            return None
-        matrices.append(matched[0])
-        formats.add(matched[1])
-    if len(formats) > 1:
-        stems = f"{parts[0][0]} to {parts[-1][0]}"
-        faults.formats.append(f"{stems}: {' and '.join(sorted(each.weights for each in formats))} in one tensor")
+    first = matrices[0][1][1]
+    odd = [(stem, form) for stem, (_, form) in matrices if form != first]
+    if odd:
+        stem, form = odd[0]
+        faults.formats.append(f"{stem} is {form.weights}, {matrices[0][0]} is {first.weights}")
         return None
-    return Stored(shape, formats.pop(), tuple(matrices))
+    return Stored(shape, first, tuple(matrix for _, (matrix, _) in matrices))
 
 
-def _plain(info: TensorInfo, shape: tuple[int, ...], faults: _Faults) -> Stored | None:
+def _plain(name: str, shape: tuple[int, ...], info: TensorInfo | None, faults: _Faults) -> Stored | None:
+    if info is None:
+        faults.missing.append(f"{name} {list(shape)}")
+        return None
+    faults.seen.add(name)
+    if info.dtype not in PLAIN_DTYPES:
+        faults.dtypes.append(f"{name}: found {info.dtype}, expected {', '.join(PLAIN_DTYPES)}")
+        return None
     if info.shape != shape:
-        faults.shapes.append(f"{info.name}: found {list(info.shape)}, expected {list(shape)}")
+        faults.shapes.append(f"{name}: found {list(info.shape)}, expected {list(shape)}")
         return None
     return Stored(shape, PLAIN, (Matrix(info),))
 
@@ -140,40 +139,47 @@ def _matrix(
     found: Mapping[str, TensorInfo],
     faults: _Faults,
 ) -> tuple[Matrix, Format] | None:
-    weight = found.get(stem + _WEIGHT)
+    parts = {suffix: found[stem + suffix] for suffix in _SUFFIXES if stem + suffix in found}
+    faults.seen.update(info.name for info in parts.values())
+    weight = parts.get(_WEIGHT)
     if weight is None:
         faults.missing.append(f"{stem}{_WEIGHT} {list(size)}")
         return None
-    form = _format(weight, quantization)
+    form, allowed = _format(weight, quantization)
     if form is None:
-        faults.dtypes.append(f"{weight.name}: found {weight.dtype}")
+        faults.dtypes.append(f"{weight.name}: found {weight.dtype}, expected {' or '.join(allowed)}")
         return None
-    parts: dict[str, TensorInfo] = {}
+    if form.block and size[1] % form.block:
+        faults.shapes.append(f"{weight.name}: {size[1]} inputs are no multiple of the block of {form.block}")
+        return None
+    expected = _expected(form, size)
+    faults.seen.difference_update(stem + suffix for suffix in parts if suffix not in expected)
     good = True
-    for suffix, (shapes, dtypes) in _expected(form, size).items():
-        info = found.get(stem + suffix)
+    for suffix, (shapes, dtypes) in expected.items():
+        info = parts.get(suffix)
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
         if info is None:
-            faults.missing.append(f"{stem}{suffix} {list(shapes[0])}")
-            good = False
+            faults.missing.append(f"{stem}{suffix} {wanted}")
         elif info.shape not in shapes:
-            faults.shapes.append(f"{info.name}: found {list(info.shape)}, expected {list(shapes[0])}")
-            good = False
+            faults.shapes.append(f"{info.name}: found {list(info.shape)}, expected {wanted}")
         elif info.dtype not in dtypes:
-            faults.dtypes.append(f"{info.name}: found {info.dtype}")
-            good = False
+            faults.dtypes.append(f"{info.name}: found {info.dtype}, expected {' or '.join(dtypes)}")
         else:
-            parts[suffix] = info
+            continue
+        good = False
     if not good:
         return None
-    return Matrix(parts[_WEIGHT], parts.get(_SCALE), parts.get(_GLOBAL), parts.get(_INPUT)), form
+    return Matrix(weight, parts.get(_SCALE), parts.get(_GLOBAL), parts.get(_INPUT)), form
 
 
-def _format(weight: TensorInfo, quantization: Quantization | None) -> Format | None:
-    if weight.dtype in PLAIN_DTYPES:
-        return PLAIN
-    if quantization is None:
-        return None
-    return {"F8_E4M3": quantization.eight_bit, "U8": quantization.four_bit}.get(weight.dtype)
+def _format(weight: TensorInfo, quantization: Quantization | None) -> tuple[Format | None, list[str]]:
+    """The format that a stored dtype means in this checkpoint, if any, and the dtypes that it may have."""
+    formats: dict[str, Format] = dict.fromkeys(PLAIN_DTYPES, PLAIN)
+    if quantization is not None and quantization.eight_bit is not None:
+        formats["F8_E4M3"] = quantization.eight_bit
+    if quantization is not None and quantization.four_bit is not None:
+        formats["U8"] = quantization.four_bit
+    return formats.get(weight.dtype), list(formats)
 
 
 _Expected = dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]]
@@ -188,7 +194,7 @@ def _expected(form: Format, size: tuple[int, int]) -> _Expected:
     if form.weights == "fp8":
         expected: _Expected = {
             _WEIGHT: ((size,), ("F8_E4M3",)),
-            _SCALE: ((*scalar, (out, 1), (out,)), _SCALARS),
+            _SCALE: ((*scalar, (out, 1), (out,)), PLAIN_DTYPES),
         }
     elif form.weights == "nvfp4":
         expected = {
@@ -199,33 +205,33 @@ def _expected(form: Format, size: tuple[int, int]) -> _Expected:
     else:
         expected = {
             _WEIGHT: (((out // 2, width),), ("U8",)),
-            _SCALE: (((out, width // form.block),), _SCALARS),
+            _SCALE: (((out, width // form.block),), PLAIN_DTYPES),
         }
     if form.activations in ("static", "block"):
-        expected[_INPUT] = (scalar, _SCALARS)
+        expected[_INPUT] = (scalar, PLAIN_DTYPES)
     return expected
 
 
-def _refuse(folder: Path, quantization: Quantization | None, faults: _Faults, extra: Iterable[str]) -> None:
-    expected = ", ".join(PLAIN_DTYPES) if quantization is None else f"those of {quantization.name}"
+def _refuse(folder: Path, quantization: Quantization | None, faults: _Faults, extra: Sequence[TensorInfo]) -> None:
     listed = (
         ("missing tensors", faults.missing),
-        ("unexpected tensors", list(extra)),
+        ("unexpected tensors", [f"{info.name} {list(info.shape)}" for info in extra]),
         ("tensors of a wrong shape", faults.shapes),
-        (f"tensors of a wrong dtype, expected {expected}", faults.dtypes),
+        ("tensors of a wrong dtype", faults.dtypes),
         ("tensors of mixed formats", faults.formats),
     )
     lines = [f"{folder}: {len(items)} {fault}: {listing(items)}" for fault, items in listed if items]
     if not lines:
         return
     advice = "The weights are not those of config.json; download both again, from one checkpoint."
-    if quantization is None and any(name.endswith((_SCALE, _GLOBAL, _INPUT)) for name in _names(extra)):
+    if any(info.name.endswith((".k_scale", ".v_scale")) for info in extra):
+        advice = (
+            "k_scale and v_scale come from a calibrated K/V cache. Encoder and decoder share those names and not the "
+            "values, so this version takes a cache with scale 1 only: use a recipe that casts (kv_cache: fp8)."
+        )
+    elif quantization is None and any(info.dtype in _QUANTIZED or info.name.endswith(_SUFFIXES[1:]) for info in extra):
         advice = (
             "These are the weights of a quantized checkpoint, but neither a quantization_config in config.json nor a "
             "hf_quant_config.json says so: download those two files of the checkpoint too."
         )
     raise CheckpointError("\n".join([*lines, advice]))
-
-
-def _names(lines: Iterable[str]) -> Iterator[str]:
-    return (line.split()[0] for line in lines)

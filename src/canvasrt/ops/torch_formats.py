@@ -72,6 +72,11 @@ def input_scale(checkpoint: Checkpoint, name: str) -> Tensor | None:
     if any(info is None for info in infos):
         return None
     scales = torch.cat([load(checkpoint, info).float().view(1) for info in infos if info is not None])
+    if not (scales > 0).all():
+        raise CheckpointError(
+            f"{checkpoint.folder}: an input_scale of {name} is {float(scales.min()):g}, and must be above 0. The "
+            "calibration saw no data there: quantize again with canvasrt quantize."
+        )
     if len(scales) > 1:
         scales = scales.view(stored.shape[0], -1).amax(1)
     return scales[0] if bool((scales == scales[0]).all()) else scales
@@ -126,8 +131,9 @@ def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
 def _to_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
     scale = scale.unsqueeze(-1) if scale.dim() else scale
-    blocks = x.reshape(*x.shape[:-1], -1, NVFP4_BLOCK)
-    share = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / scale
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // NVFP4_BLOCK, NVFP4_BLOCK)
+    # In this order, as ModelOpt has it: another one rounds to another scale once in 2,000 blocks.
+    share = blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * scale)
     of_block = share.clamp(_LEAST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
     return (_to_e2m1(blocks / of_block) * of_block).flatten(-2)
 

@@ -119,8 +119,7 @@ class QuantizedModel:
 
     def export(self, folder: Path) -> None:
         """Writes weights, config.json and hf_quant_config.json as ModelOpt lays them out."""
-        with _quiet():
-            export_hf_checkpoint(self.model, dtype=torch.bfloat16, export_dir=folder)
+        export_quietly(self.model, folder, torch.bfloat16)
 
     def _insert(self, loop: Callable[[Any], None] | None) -> None:
         with _quiet():
@@ -133,6 +132,12 @@ class QuantizedModel:
                 constant = getattr(module, "_use_constant_amax", False)
                 if not constant and (inserted or getattr(module, "_amax", None) is not None):
                     yield name, module
+
+
+def export_quietly(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """``dtype`` is that of the tensors that are not quantized, and of the arithmetic that quantizes."""
+    with _quiet():
+        export_hf_checkpoint(model, dtype=dtype, export_dir=folder)
 
 
 def _answer(model: Any, prompt: NDArray[np.int32], settings: Calibration, device: str) -> None:
