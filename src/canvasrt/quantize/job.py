@@ -136,10 +136,13 @@ def _prompts(
 def _kept_scales(file: Path, fingerprint: str) -> dict[str, torch.Tensor] | None:
     if not file.exists():
         return None
-    with safetensors.safe_open(file, "pt") as content:
-        if (content.metadata() or {}).get("fingerprint") != fingerprint:
-            return None  # of another recipe, source or prompts
-    return load_file(file)
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            if (content.metadata() or {}).get("fingerprint") != fingerprint:
+                return None  # of another recipe, source or prompts
+        return load_file(file)
+    except safetensors.SafetensorError:
+        return None  # damaged: calibrating again costs time, a wrong scale would cost the checkpoint
 
 
 def _complete(source: Checkpoint, folder: Path) -> None:

@@ -76,9 +76,10 @@ def encode_prompts(folder: Path, spec: ModelSpec, lines: Sequence[PromptLine], r
     codec = TextCodec.load(folder) if any(line.messages for line in lines) else None
     encoded = []
     for line in lines:
+        largest = max(line.tokens, default=0)  # looked at before it is made an int32, which it may not fit
+        if largest >= spec.vocab_size:
+            raise InputError(f"{line.where}: token id {largest} is outside the vocabulary of {spec.vocab_size}")
         tokens = np.array(line.tokens, dtype=np.int32) if codec is None or not line.messages else _chat(codec, line)
-        if tokens.max() >= spec.vocab_size:
-            raise InputError(f"{line.where}: token id {tokens.max()} is outside the vocabulary of {spec.vocab_size}")
         if len(tokens) + room > spec.max_context:
             raise InputError(
                 f"{line.where}: {len(tokens)} tokens and {room} to generate exceed the context of {spec.max_context}"
