@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,11 @@ from canvasrt.cli.common import Device, Json, free_memory, working
 from canvasrt.cli.evaluation import evaluate, print_reports, progress_bar
 from canvasrt.errors import CapacityError, InputError
 from canvasrt.quality import report as reports
+from canvasrt.quality.size import readable
+from canvasrt.serve.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from canvasrt.quantize.recipe import Recipe
 
 DEFAULT_RECIPE = "nvfp4-experts"
 DOES_NOT_FIT = 3
@@ -65,14 +70,16 @@ def quantize(
     chosen = load_recipe(recipe)
     source = Checkpoint.open(checkpoint[0])
     if plan:
-        _plan(source, recipe, out, samples, device, as_json)
+        _plan(source, chosen, out, samples, device, as_json)
         return
     if out is None:
         raise InputError("name the folder of the result: --out DIR")
+    if evaluation is not None:
+        read_prompts(evaluation)  # a mistake in it must not wait until the checkpoint is made
     job = QuantizeJob(source, chosen, out, calibration, samples, device)
     with progress_bar() as progress:
         made = job.run(_Stages(progress))
-    typer.echo(f"{out}: {made.quantization.name if made.quantization else ''}, {made.nbytes() / 1e9:.3f} GB", err=True)
+    typer.echo(f"{out}: {made.quantization.name if made.quantization else ''}, {readable(made.nbytes())}", err=True)
     if not report:
         return
     try:
@@ -103,20 +110,20 @@ class _Stages:
         self._progress.advance(self._task)
 
 
-def _plan(source: Checkpoint, recipe: str, out: Path | None, samples: int | None, device: str, as_json: bool) -> None:
+def _plan(
+    source: Checkpoint, recipe: "Recipe", out: Path | None, samples: int | None, device: str, as_json: bool
+) -> None:
     from canvasrt.quantize.plan import measure_speed, plan
-    from canvasrt.quantize.recipe import load_recipe
 
-    chosen = load_recipe(recipe)
-    chosen.check(source.spec)
+    recipe.check(source.spec)
     with working("measuring this machine"):
-        needs = plan(source, chosen, samples, measure_speed(device))
+        needs = plan(source, recipe, samples, measure_speed(device))
     place = (out or Path.cwd()).resolve()
     while not place.exists():
         place = place.parent
     memory, disk = free_memory(device), shutil.disk_usage(place).free
     lacks = [
-        f"{name}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        f"{name}: {readable(needed)} needed, {readable(free)} free"
         for name, needed, free in (
             (f"{device} memory", needs.memory_bytes, memory),
             (f"disk at {place}", needs.disk_bytes, disk),
@@ -124,19 +131,15 @@ def _plan(source: Checkpoint, recipe: str, out: Path | None, samples: int | None
         if needed > free
     ]
     if as_json:
-        typer.echo(
-            json.dumps(asdict(needs) | {"free_memory_bytes": memory, "free_disk_bytes": disk, "fits": not lacks})
-        )
+        here = {"free_memory_bytes": memory, "free_disk_bytes": disk, "fits": not lacks}
+        typer.echo(json.dumps(asdict(needs) | here))
     else:
         table = Table("", "needed", "here")
-        table.add_row(
-            f"{device} memory at the peak", f"{needs.memory_bytes / 1e9:.2f} GB", f"{memory / 1e9:.2f} GB free"
-        )
-        table.add_row("disk", f"{needs.disk_bytes / 1e9:.2f} GB", f"{disk / 1e9:.2f} GB free")
-        table.add_row(
-            "calibration", f"about {_minutes(needs.calibration_seconds)}", f"{needs.passes} passes of the model"
-        )
-        table.add_row("packing and export", f"about {_minutes(needs.export_seconds)}", "")
+        table.add_row(f"{device} memory at the peak", readable(needs.memory_bytes), f"{readable(memory)} free")
+        table.add_row("disk", readable(needs.disk_bytes), f"{readable(disk)} free")
+        passes = f"at most {needs.passes} passes of the model" if needs.passes else "none: weights only"
+        table.add_row("calibration", f"about {_duration(needs.calibration_seconds)}", passes)
+        table.add_row("packing and export", f"about {_duration(needs.export_seconds)}", "")
         Console().print(table)
         for lack in lacks:
             typer.echo(f"does not fit: {lack}", err=True)
@@ -144,5 +147,5 @@ def _plan(source: Checkpoint, recipe: str, out: Path | None, samples: int | None
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

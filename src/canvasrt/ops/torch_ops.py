@@ -214,20 +214,23 @@ class TorchOps:
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         # In bfloat16 the product would round the scores, which the fused kernel keeps in float32.
         small = self._folds and q.shape[0] == 1 and q.shape[1] * q.shape[2] * keys.shape[2] <= SMALL_SCORES
-        if small and mask is None:
-            return self._small_attention(q, keys[0], values[0])
+        if small:
+            return self._small_attention(q, keys[0], values[0], mask)
         mixed = functional.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, scale=1.0, enable_gqa=q.shape[2] != keys.shape[1]
         )
         return mixed.transpose(1, 2).flatten(2)
 
     @staticmethod
-    def _small_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """One row whose keys, (kv_heads, keys, dim), are all visible: the fused kernel is made for more work."""
+    def _small_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """One row, keys and values (kv_heads, keys, dim): the fused kernel is made for more work."""
         _, tokens, heads, dim = q.shape
         groups = keys.shape[0]
         grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
-        mixed = torch.bmm(torch.bmm(grouped, keys.transpose(1, 2)).softmax(-1), values)
+        scores = torch.bmm(grouped, keys.transpose(1, 2))
+        if mask is not None:
+            scores.view(groups, -1, tokens, mask.shape[3]).add_(mask)
+        mixed = torch.bmm(scores.softmax(-1), values)
         return mixed.view(groups, -1, tokens, dim).permute(2, 0, 1, 3).reshape(1, tokens, heads * dim)
 
     def _scaled(self, normed: Tensor, scale: str, factor: float = 1.0) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from canvasrt.errors import CheckpointError
 from canvasrt.quality.compare import Comparison
+from canvasrt.quality.size import readable
 
 NAME = "quality.json"
 
@@ -57,9 +58,6 @@ def rows(reports: Sequence[Report]) -> list[list[str]]:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
-    def size(value: int) -> str:
-        return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"
-
     return [
         ["", first.source, *(report.recipe for report in reports)],
         ["KL, nats per position", "0", *(f"{each.kl:.2e}" for each in comparisons)],
@@ -71,8 +69,12 @@ def rows(reports: Sequence[Report]) -> list[list[str]]:
             *(f"{each.steps_per_canvas:.2f}" for each in comparisons),
         ],
         ["solved", share(first.source_solved), *(share(report.solved) for report in reports)],
-        ["on disk", size(first.source_bytes_on_disk), *(size(report.bytes_on_disk) for report in reports)],
-        ["read per step", size(first.source_bytes_per_step), *(size(report.bytes_per_step) for report in reports)],
+        ["on disk", readable(first.source_bytes_on_disk), *(readable(report.bytes_on_disk) for report in reports)],
+        [
+            "read per step",
+            readable(first.source_bytes_per_step),
+            *(readable(report.bytes_per_step) for report in reports),
+        ],
     ]
 
 

@@ -6,6 +6,10 @@ from canvasrt.tensorfile import read_folder
 _EMBEDDING = "model.decoder.embed_tokens.weight"
 
 
+def readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
 def bytes_on_disk(checkpoint: Checkpoint) -> int:
     """All tensors, vision included."""
     return sum(info.nbytes for info in read_folder(checkpoint.folder).values())
