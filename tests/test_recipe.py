@@ -110,10 +110,7 @@ def test_what_a_shipped_recipe_makes(name: str, form: Format, kv_cache: str, par
     assert (recipe.format, recipe.kv_cache, set(recipe.tensors)) == (form, kv_cache, parts)
 
 
-TOO_MANY = pytest.mark.xfail(strict=True, raises=AssertionError, reason="fp8.yaml: 128 prompts, default.jsonl has 64")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[TOO_MANY] * (name == "fp8")) for name in SHIPPED])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_prompts_that_a_shipped_recipe_asks_for_exist(name: str) -> None:
     calibration = load_recipe(name).calibration
     if calibration is not None:
@@ -209,11 +206,6 @@ def test_a_file_that_is_not_yaml_is_refused_and_runs_nothing(tmp_path: Path, tex
     assert "is not YAML: " in refusal(tmp_path, text)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ValueError, RecursionError),
-    reason="load_recipe catches yaml.YAMLError only, PyYAML's constructors raise these too",
-)
 @pytest.mark.parametrize(
     "text",
     [
@@ -227,7 +219,6 @@ def test_values_that_the_yaml_reader_stumbles_over_are_refused_by_file(tmp_path:
     refusal(tmp_path, text)
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="yaml.safe_load keeps the last of two equal keys")
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     refusal(tmp_path, yaml.safe_dump(CONTENT) + "kv_cache: bf16\n")
 
@@ -284,7 +275,6 @@ def test_widths_of_parts_that_stay_as_they_are_may_be_any() -> None:
     load_recipe("int4-experts").check(spec(intermediate_size=100, num_attention_heads=2, head_dim=12))
 
 
-@pytest.mark.xfail(strict=True, raises=InputError, reason="check() asks for a multiple of 4 rows, 2 to a byte need 2")
 def test_an_even_number_of_rows_packs_into_int4(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, **INT4 | {"tensors": {"attention": "int4"}})
     recipe.check(spec(num_attention_heads=32, head_dim=2))  # k_proj has two rows

@@ -65,12 +65,13 @@ def quantize(
     if device not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is unknown: use cpu or cuda")
     with working("loading ModelOpt"):
-        from canvasrt.quantize.job import QuantizeJob  # imports torch and modelopt
+        from canvasrt.quantize.job import QuantizeJob, calibration_lines  # imports torch
         from canvasrt.quantize.recipe import load_recipe
     chosen = load_recipe(recipe)
     source = Checkpoint.open(checkpoint[0])
     if plan:
-        _plan(source, chosen, out, samples, device, as_json)
+        lines = calibration_lines(source, chosen, calibration, samples)
+        _plan(source, chosen, out, len(lines), device, as_json)
         return
     if out is None:
         raise InputError("name the folder of the result: --out DIR")
@@ -110,12 +111,9 @@ class _Stages:
         self._progress.advance(self._task)
 
 
-def _plan(
-    source: Checkpoint, recipe: "Recipe", out: Path | None, samples: int | None, device: str, as_json: bool
-) -> None:
+def _plan(source: Checkpoint, recipe: "Recipe", out: Path | None, samples: int, device: str, as_json: bool) -> None:
     from canvasrt.quantize.plan import measure_speed, plan
 
-    recipe.check(source.spec)
     with working("measuring this machine"):
         needs = plan(source, recipe, samples, measure_speed(device))
     place = (out or Path.cwd()).resolve()
@@ -137,7 +135,7 @@ def _plan(
         table = Table("", "needed", "here")
         table.add_row(f"{device} memory at the peak", readable(needs.memory_bytes), f"{readable(memory)} free")
         table.add_row("disk", readable(needs.disk_bytes), f"{readable(disk)} free")
-        passes = f"at most {needs.passes} passes of the model" if needs.passes else "none: weights only"
+        passes = f"{needs.passes} passes of the model" if needs.passes else "none: weights only"
         table.add_row("calibration", f"about {_duration(needs.calibration_seconds)}", passes)
         table.add_row("packing and export", f"about {_duration(needs.export_seconds)}", "")
         Console().print(table)

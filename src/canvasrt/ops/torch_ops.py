@@ -29,6 +29,7 @@ class TorchOps:
         self._weights = weights
         self._dtype = weights.dtype
         self._rotations: dict[tuple[tuple[str, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._rounded: dict[float, float] = {}
         self._averages: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         self._folds = weights.dtype == torch.float32
         self._onednn = self._folds and weights.device.type == "cpu" and torch.backends.mkldnn.enabled
@@ -79,7 +80,9 @@ class TorchOps:
         return torch.bmm(route.unsqueeze(1), back).squeeze(1)
 
     def rounded(self, value: float) -> float:
-        return torch.tensor(value, dtype=self._dtype).item()
+        if value not in self._rounded:
+            self._rounded[value] = torch.tensor(value, dtype=self._dtype).item()
+        return self._rounded[value]
 
     def add(self, a: Tensor, b: Tensor | Number) -> Tensor:
         return a + b

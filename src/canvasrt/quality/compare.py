@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from canvasrt.diffusion.request import RequestState
 from canvasrt.runtime.generate import run_requests
@@ -23,7 +24,10 @@ _ROWS = 64  # canvas rows whose probabilities are held at once, in float64
 class Comparison:
     """Means over all positions of all steps, but for the steps per canvas, which are of free runs."""
 
-    kl: float  # nats per position: KL(source || other) of the distributions that tokens are sampled from
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a report is validated with it
+
+    kl: float  # nats per position: KL(source || other) of the distributions at the step's temperature
+    kl_median: float  # the same, median over requests of the request's mean: one lost canvas does not move it
     top1_agreement: float  # share of positions whose most likely token is the same
     entropy_difference: float  # nats per position, other - source
     steps_per_canvas: float  # of the other
@@ -46,6 +50,9 @@ def compare(
     ``advance`` is called once per request. On the source's canvases both see the same tokens at every step, while each
     keeps its own self-conditioning signal: a difference is the checkpoint's, and not that of an earlier draw.
     """
+    if source is other:
+        raise ValueError("the two runners share a slot's self-conditioning signal: open two")
+    means: list[float] = []
     sums = np.zeros(3)
     positions = 0
     source_outputs, outputs = [], []
@@ -53,6 +60,7 @@ def compare(
     for request in requests:
         final, parts = _together(source, other, request)
         own = _alone(other, request)
+        means.append(sum(part[0] for part in parts) / (len(parts) * request.params.canvas))
         for part in parts:
             sums += part
             positions += request.params.canvas
@@ -64,7 +72,15 @@ def compare(
         advance()
     kl, same, entropy = sums / positions
     per_canvas = steps / canvases
-    result = Comparison(float(kl), float(same), float(entropy), float(per_canvas[1]), float(per_canvas[0]), positions)
+    result = Comparison(
+        kl=float(kl),
+        kl_median=float(np.median(means)),
+        top1_agreement=float(same),
+        entropy_difference=float(entropy),
+        steps_per_canvas=float(per_canvas[1]),
+        source_steps_per_canvas=float(per_canvas[0]),
+        positions=positions,
+    )
     return Compared(result, source_outputs, outputs)
 
 

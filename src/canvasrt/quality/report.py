@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from canvasrt.errors import CheckpointError
 from canvasrt.quality.compare import Comparison
@@ -16,6 +17,8 @@ NAME = "quality.json"
 @dataclass(frozen=True, slots=True)
 class Report:
     """What was found about one quantized checkpoint. Shares are of 1, sizes in bytes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # read() validates with it
 
     recipe: str
     source: str  # folder name
@@ -44,10 +47,12 @@ def read(folder: Path) -> Report:
             f"{folder} has no {NAME}: canvasrt quantize writes it, canvasrt verify {folder} --source CHECKPOINT too"
         )
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return Report(**content | {"comparison": Comparison(**content["comparison"])})
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(f"{file} is not a report of this version of canvasrt ({error}): make it again") from None
+        return TypeAdapter(Report).validate_json(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+        raise CheckpointError(f"{file} is not a report of this version of canvasrt ({faults}): make it again") from None
 
 
 def rows(reports: Sequence[Report]) -> list[list[str]]:
@@ -61,6 +66,7 @@ def rows(reports: Sequence[Report]) -> list[list[str]]:
     return [
         ["", first.source, *(report.recipe for report in reports)],
         ["KL, nats per position", "0", *(f"{each.kl:.2e}" for each in comparisons)],
+        ["KL, median of the prompts", "0", *(f"{each.kl_median:.2e}" for each in comparisons)],
         ["same most likely token", "100.0%", *(share(each.top1_agreement) for each in comparisons)],
         ["entropy difference, nats", "0", *(f"{each.entropy_difference:+.1e}" for each in comparisons)],
         [

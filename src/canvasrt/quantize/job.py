@@ -24,7 +24,7 @@ from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CanvasRTError, CapacityError, CheckpointError, InputError
 from canvasrt.inputs import input_folder
 from canvasrt.quantize.recipe import Calibration, Recipe
-from canvasrt.serve.prompts import encode_prompts, read_prompts
+from canvasrt.serve.prompts import PromptLine, encode_prompts, read_prompts
 from canvasrt.tensorfile import read_folder
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
@@ -44,17 +44,13 @@ class QuantizeJob:
     def __init__(
         self, source: Checkpoint, recipe: Recipe, out: Path, calibration: Path | None, samples: int | None, device: str
     ) -> None:
-        if source.quantization is not None:
-            raise InputError(
-                f"{source.folder} is quantized already, as {source.quantization.name}: start from the BF16 checkpoint"
-            )
+        check_source(source, recipe)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} exists and is not empty: name another folder, or remove it first")
         if out.resolve().is_relative_to(source.folder.resolve()):
             raise InputError(f"{out} lies in the source checkpoint {source.folder}: name a folder outside it")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("device cuda was asked for, but torch sees no NVIDIA GPU: check the driver, or use cpu")
-        recipe.check(source.spec)
         self._source, self._recipe, self._device = source, recipe, device
         self._out = out
         self._partial = out.with_name(out.name + ".partial")
@@ -121,15 +117,32 @@ class QuantizeJob:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def check_source(source: Checkpoint, recipe: Recipe) -> None:
+    """Raises InputError for a checkpoint that this recipe can't start from."""
+    if source.quantization is not None:
+        raise InputError(
+            f"{source.folder} is quantized already, as {source.quantization.name}: start from the BF16 checkpoint"
+        )
+    recipe.check(source.spec)
+
+
+def calibration_lines(source: Checkpoint, recipe: Recipe, file: Path | None, samples: int | None) -> list[PromptLine]:
+    """The prompts that calibrate: none for weights alone. Raises InputError for a file that holds no prompts."""
+    settings = recipe.calibration
+    if settings is None:
+        return []
+    own = source.folder / "calibration.jsonl"  # of a checkpoint whose prompts are unlike everybody's
+    path = file or (own if own.exists() else input_folder("calibration") / settings.file)
+    return read_prompts(path)[: samples or settings.samples]
+
+
 def _prompts(
     source: Checkpoint, recipe: Recipe, file: Path | None, samples: int | None
 ) -> tuple[Calibration | None, list[NDArray[np.int32]]]:
     settings = recipe.calibration
+    lines = calibration_lines(source, recipe, file, samples)
     if settings is None:
         return None, []
-    own = source.folder / "calibration.jsonl"  # of a checkpoint whose prompts are unlike everybody's
-    path = file or (own if own.exists() else input_folder("calibration") / settings.file)
-    lines = read_prompts(path)[: samples or settings.samples]
     return settings, encode_prompts(source.folder, source.spec, lines, settings.canvases * source.spec.canvas_length)
 
 

@@ -13,13 +13,14 @@ import torch
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.formats import NVFP4_BLOCK
 from canvasrt.quantize.int4 import SHARD_BYTES
+from canvasrt.quantize.job import check_source
 from canvasrt.quantize.recipe import Recipe
 from canvasrt.tensorfile import read_folder
 
 _EMBEDDING = "model.decoder.embed_tokens.weight"
 # Tensors over the vocabulary that a step of transformers' loop holds at once: logits, scaled, probabilities, a copy.
 _LOGITS = 4
-_FLOAT32 = 4
+_FLOAT32, _BF16 = 4, 2
 # Bytes of BF16 weights that ModelOpt packs in a second on a CPU: 46 GB of experts took about half an hour.
 _PACK_BYTES_PER_SECOND = 25e6
 _SECONDS = 0.25  # that each speed is measured
@@ -40,12 +41,17 @@ class Plan:
     export_seconds: float
 
 
-def plan(source: Checkpoint, recipe: Recipe, samples: int | None, speed: Speed) -> Plan:
+def plan(source: Checkpoint, recipe: Recipe, samples: int, speed: Speed) -> Plan:
+    """``samples``: prompts that calibrate. Raises InputError for a source that the recipe can't start from."""
+    check_source(source, recipe)
     infos = read_folder(source.folder)
     covered = {name: shape for name, shape in source.spec.tensors().items() if recipe.covers(name)}
-    source_bytes = sum(info.nbytes for info in infos.values())
+    # ModelOpt loads and writes BF16, whatever the source is stored in; INT4 copies what it does not pack.
+    width = None if recipe.weights == "int4" else _BF16
+    sizes = {info.name: prod(info.shape) * width if width else info.nbytes for info in infos.values()}
+    source_bytes = sum(sizes.values())
     packed = sum(_packed_bytes(recipe, name, shape) for name, shape in covered.items())
-    covered_bytes = sum(infos[name].nbytes for name in covered)
+    covered_bytes = sum(sizes[name] for name in covered)
     largest = max(prod(shape) for shape in covered.values()) * _FLOAT32
     disk = source_bytes - covered_bytes + packed
     if recipe.weights == "int4":
@@ -55,7 +61,9 @@ def plan(source: Checkpoint, recipe: Recipe, samples: int | None, speed: Speed) 
         # The exporter keeps the packed copies until it writes, beside the model.
         memory = source_bytes + packed + max(2 * largest, logits)
     settings = recipe.calibration
-    passes = 0 if settings is None else (samples or settings.samples) * settings.canvases * (settings.steps + 1)
+    # Per prompt: the steps, the prompt and each finished canvas encoded, and the whole text once more.
+    per_prompt = 0 if settings is None else settings.canvases * (settings.steps + 1) + 1
+    passes = samples * per_prompt
     per_pass = max(_flops(source) / speed.flops, source.nbytes() / speed.bytes)
     return Plan(memory, disk, passes, passes * per_pass, covered_bytes / _PACK_BYTES_PER_SECOND)
 
@@ -88,7 +96,8 @@ def _packed_bytes(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
         return elements + 2 * _FLOAT32 * matrices
     if recipe.weights == "int4":
         return elements // 2 + elements // (recipe.block or 1) * _FLOAT32
-    return elements // 2 + elements // NVFP4_BLOCK + 2 * _FLOAT32 * matrices
+    scalars = 2 if recipe.weights == "nvfp4" else 1  # weight_scale_2, and input_scale where activations are rounded
+    return elements // 2 + elements // NVFP4_BLOCK + scalars * _FLOAT32 * matrices
 
 
 def _flops(source: Checkpoint) -> float:

@@ -21,7 +21,7 @@ _FOLDING = ("awq", "smoothquant", "svdquant")
 
 
 def _algorithm(name: str) -> str:
-    if any(name.lower().replace("_", "").startswith(folding) for folding in _FOLDING):
+    if any(folding in name.lower().replace("_", "") for folding in _FOLDING):
         raise ValueError(
             f"{name} folds a scale into the weights. Encoder and decoder share them, so it would be folded twice and "
             "corrupt the checkpoint (17-18 % error measured). Use max."
@@ -29,6 +29,17 @@ def _algorithm(name: str) -> str:
     if name != "max":
         raise ValueError(f"{name} is not supported: use max, which needs no search and runs on a CPU")
     return name
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that is written twice, YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {twice} is written twice")
+        return super().construct_mapping(node, deep)
 
 
 class _Strict(BaseModel):
@@ -94,15 +105,16 @@ class Recipe(_Strict):
     def check(self, spec: ModelSpec) -> None:
         """Raises InputError when a matrix of the model does not divide into this recipe's blocks, naming it."""
         block = self.format.block
-        if not block:
-            return
         for name, shape in spec.tensors().items():
-            if self.covers(name) and shape[-1] % block:
+            if not block or not self.covers(name):
+                continue
+            if shape[-1] % block:
                 raise InputError(
                     f"recipe {self.name} stores {self.weights} blocks of {block} weights along the input axis, and "
                     f"{name} has {shape[-1]} inputs, which is no multiple of {block}. Use fp8, or leave this part out."
                 )
-            if self.covers(name) and self.weights == "int4" and shape[-2] % 4:
+            rows = shape[-2] // (2 if name.endswith("gate_up_proj") else 1)
+            if self.weights == "int4" and rows % 2:
                 raise InputError(f"recipe {self.name} packs two rows to a byte: {name} has an odd number of rows")
 
 
@@ -121,10 +133,10 @@ def load_recipe(name: str) -> Recipe:
     elif file.suffix not in (".yaml", ".yml"):
         raise InputError(f"no recipe is called {name!r}: there are {', '.join(recipe_names())}, or give a .yaml file")
     try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content: Any = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {file} can't be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"recipe {file} must be a mapping with the keys {', '.join(Recipe.model_fields)}")

@@ -21,8 +21,8 @@ MAX_DIFFERENCE, LEAST_COSINE = 1e-4, 0.999999
 # Bfloat16: how much further from the float32 reference we may be, on average, than transformers in bfloat16 is. A bound
 # on single values would say little: one rounded router score changes an expert, in their run or in ours.
 MAX_ERROR_RATIO = 1.5
-# The same for logits. One flipped expert reaches a whole canvas through attention and self-conditioning, in their run or
-# in ours: over 12 seeds on two checkpoints single checks gave 0.3 to 3.2, with a geometric mean of 0.9.
+# The same for logits. One flipped expert reaches a whole canvas through attention and self-conditioning, in their run
+# or in ours: over 12 seeds on two checkpoints single checks gave 0.3 to 3.2, with a geometric mean of 0.9.
 MAX_LOGITS_RATIO = 5.0
 
 Ints = NDArray[np.int32]

@@ -31,7 +31,7 @@ class PromptLine:
 def read_prompts(file: Path) -> list[PromptLine]:
     """Raises InputError that names the file, and the line where one is at fault."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except OSError as error:
         raise InputError(
             f"{file}: can't be read ({error.strerror}). It holds prompts, one JSON object per line."
@@ -65,6 +65,8 @@ def _line(where: str, text: str) -> PromptLine:
     messages = content.get("messages", [{"role": "user", "content": content.get("prompt")}])
     if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise InputError(f'{where}: a message is {{"role": {" or ".join(_ROLES)}, "content": TEXT}}')
+    if messages[-1]["role"] != "user":
+        raise InputError(f"{where}: the last message must be the user's, which the model is to answer")
     return PromptLine(where, tuple(messages), answer=answer)
 
 
@@ -80,6 +82,8 @@ def encode_prompts(folder: Path, spec: ModelSpec, lines: Sequence[PromptLine], r
         if largest >= spec.vocab_size:
             raise InputError(f"{line.where}: token id {largest} is outside the vocabulary of {spec.vocab_size}")
         tokens = np.array(line.tokens, dtype=np.int32) if codec is None or not line.messages else _chat(codec, line)
+        if tokens.max() >= spec.vocab_size:
+            raise InputError(f"{line.where}: token id {tokens.max()} is outside the vocabulary of {spec.vocab_size}")
         if len(tokens) + room > spec.max_context:
             raise InputError(
                 f"{line.where}: {len(tokens)} tokens and {room} to generate exceed the context of {spec.max_context}"

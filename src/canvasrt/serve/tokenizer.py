@@ -39,10 +39,14 @@ class TextCodec:
         return cls(tokenizer, folder)
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids (n,) of raw text.
+        """Token ids (n,) of raw text. Raises InputError for text that is no valid Unicode.
 
         No template, no beginning-of-sequence token. Special tokens in it are recognised.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text holds half a character at position {error.start}: send valid Unicode") from None
         return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> NDArray[np.int32]:
