@@ -1,5 +1,6 @@
 """The in-graph sampler: inverse CDF in two levels, filters by bisection, against plain and library versions."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+import canvasrt.network.sampler
 from canvasrt.network.sampler import REMOVED, Filters, _filtered, _inverse_cdf
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
@@ -20,6 +22,17 @@ JUST_BELOW_ONE = 1.0 - 2.0**-24
 
 def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> list[int]:
     return _inverse_cdf(OPS, weights.shape[-1], weights, uniforms.float().view(-1, 1)).tolist()
+
+
+SERVED = canvasrt.network.sampler.ONE_LEVEL
+
+
+@pytest.fixture(params=[0, SERVED], ids=["two levels", "as served"], scope="module", autouse=True)
+def levels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small vocabularies, which these tests need, would not reach the two levels otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvasrt.network.sampler, "ONE_LEVEL", request.param)
+        yield
 
 
 @given(vocabulary=st.integers(1, 400), seed=st.integers(0, 2**31))

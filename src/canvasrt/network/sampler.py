@@ -23,6 +23,7 @@ from canvasrt.spec import ModelSpec
 BELOW_ONE = 1.0 - 2.0**-23
 # Halvings of the interval [-160, 0] that a threshold is searched in: down to 6e-7.
 BISECTIONS = 28
+ONE_LEVEL = 512  # vocabulary up to which a scan over all of it is as short as those of the two levels
 REMOVED = -1e30  # exp() of it is 0, and 0 * it is 0 where 0 * -inf would be NaN
 
 
@@ -76,6 +77,11 @@ def predict(
 
 def _inverse_cdf(ops: Ops[T], vocabulary: int, weights: T, uniforms: T) -> T:
     """The token at which the cumulative sum of ``weights`` (rows, vocabulary) passes uniforms * total: (rows,)."""
+    if vocabulary <= ONE_LEVEL:
+        sums = ops.cumulative_sum(weights, axis=1)
+        target = ops.multiply(ops.multiply(uniforms, BELOW_ONE), ops.max(sums, axis=1))
+        passed = ops.sum(ops.to_float(ops.less_equal(sums, target)), axis=1)
+        return ops.to_int(ops.reshape(passed, (-1,)))
     width = math.ceil(math.sqrt(vocabulary))
     blocks = math.ceil(vocabulary / width)
     padded = ops.pad_last(weights, blocks * width - vocabulary) if blocks * width > vocabulary else weights

@@ -4,6 +4,8 @@ lowering uses.
 Knows nothing of the network: a fused matrix is whatever group of names the network asks for.
 """
 
+from collections.abc import Hashable
+
 import torch
 
 from canvasrt.checkpoint import Checkpoint
@@ -22,12 +24,12 @@ class TorchWeights:
         self.device = device
         self.dtype = dtype
         self._checkpoint = checkpoint
-        self._kept: dict[tuple[str, ...], torch.Tensor] = {}
+        self._kept: dict[Hashable, torch.Tensor] = {}  # asked 70 times a step: keys must be cheap
         self._scales: dict[str, torch.Tensor | None] = {}
 
     def small(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A vector or scalar, in either precision."""
-        key = (name, str(dtype))
+        key = (name, dtype)
         if key not in self._kept:
             self._kept[key] = self._load(name, dtype)
         return self._kept[key]
@@ -41,7 +43,7 @@ class TorchWeights:
 
     def scaled(self, names: tuple[str, ...], scale: str, factor: float = 1.0) -> torch.Tensor:
         """``fused`` with every input column times ``scale`` (in,) and ``factor``."""
-        key = (*names, scale, str(factor))
+        key = (names, scale, factor)
         if key not in self._kept:
             column = self._load(scale, torch.float32) * factor
             self._kept[key] = torch.cat([self._load(name, torch.float32) * column for name in names]).to(self.dtype)
@@ -49,7 +51,7 @@ class TorchWeights:
 
     def planar_experts(self, name: str, scale: str | None = None) -> torch.Tensor:
         """(experts, 2 out, in) as one matrix (2 * experts * out, in): all gates, then all ups; scaled as ``scaled``."""
-        key = (name, "planar", scale or "")
+        key = (name, "planar", scale)
         if key not in self._kept:
             experts = self._load(name, self.dtype)
             count, both, size = experts.shape
