@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from solve import CHECKPOINT
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, CheckpointError, InputError
@@ -119,18 +120,28 @@ def is_covered(recipe: str, name: str) -> bool:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_layout_is_the_published_one(source: Checkpoint, made: dict[str, Checkpoint], recipe: str) -> None:
-    stored = load_file(made[recipe].folder / "model.safetensors")
+    check_layout(source, made[recipe], recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_layout_of_the_demo_checkpoint_is_the_published_one(tmp_path: Path, recipe: str) -> None:
+    demo = Checkpoint.open(CHECKPOINT)
+    check_layout(demo, job(demo, recipe, tmp_path / recipe, None, samples=4).run(Stages()), recipe)
+
+
+def check_layout(source: Checkpoint, made: Checkpoint, recipe: str) -> None:
+    """Every stored tensor of ``made``: name, dtype and shape."""
+    stored = load_file(made.folder / "model.safetensors")
     dtypes = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.bfloat16: "BF16"}
     found = {name: (dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()}
     # The INT4 job copies what it does not pack; ModelOpt's export writes BF16.
-    plain = "F32" if recipe == "int4-experts" else "BF16"
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, tensor in load_file(source.folder / "model.safetensors").items():
         if is_covered(recipe, name):
             for stem, size in split(name, tuple(tensor.shape)).items():
                 expected |= parts(recipe, stem, size)
         else:
-            expected[name] = (plain, tuple(tensor.shape))
+            expected[name] = (dtypes[tensor.dtype] if recipe == "int4-experts" else "BF16", tuple(tensor.shape))
     assert found == expected
 
 

@@ -114,6 +114,29 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_the_next_run_succeeds(tmp_pat
     assert canvasrt(*arguments).returncode == 0
 
 
+def test_what_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """A vision tower of 1 TB, in a file that is one hole: the plan and the job read headers only."""
+    folder = write(tmp_path / "model", Dims(expert_size=32))
+    name, vision = "model.safetensors", "model.encoder.vision_tower.everything"
+    with (folder / name).open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        rest = stream.read()
+    header[vision] = {"dtype": "BF16", "shape": [5 * 10**11], "data_offsets": [len(rest), len(rest) + 10**12]}
+    text = json.dumps(header).encode()
+    with (folder / name).open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text + rest)
+        stream.truncate(8 + len(text) + len(rest) + 10**12)
+    prompts = tmp_path / "prompts.jsonl"  # token ids: this model has no tokenizer
+    prompts.write_text('{"tokens": [5, 6, 7]}')
+    arguments = ("quantize", folder, "--recipe", "fp8", "--calibration", prompts)
+    for done in (canvasrt(*arguments, "--plan"), canvasrt(*arguments, "--out", tmp_path / "out")):
+        assert done.returncode == 3, done.stderr
+        assert "does not fit: cpu memory: " in done.stderr
+        assert "disk at" in done.stderr
+    assert not (tmp_path / "out.partial").exists()
+    (folder / name).unlink()
+
+
 ODD = Dims(expert_size=24)
 
 

@@ -34,6 +34,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=errors,
         transient=True,
+        disable=not errors.is_terminal,  # elsewhere it would only leave empty lines
     )
 
 

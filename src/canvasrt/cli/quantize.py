@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,8 +78,15 @@ def quantize(
     if evaluation is not None:
         read_prompts(evaluation)  # a mistake in it must not wait until the checkpoint is made
     job = QuantizeJob(source, chosen, out, calibration, samples, device)
-    with progress_bar() as progress:
-        made = job.run(_Stages(progress))
+    lacks = _room(source, chosen, out, device).lacks
+    if lacks:
+        raise CapacityError("does not fit: " + "; ".join(lacks) + ". Use a larger machine; --plan says more.")
+    try:
+        with progress_bar() as progress:
+            made = job.run(_Stages(progress))
+    except KeyboardInterrupt:
+        typer.echo(f"{out} was not made; a calibration that has finished is kept for the same command", err=True)
+        raise
     typer.echo(f"{out}: {made.quantization.name if made.quantization else ''}, {readable(made.nbytes())}", err=True)
     if not report:
         return
@@ -111,23 +118,37 @@ class _Stages:
         self._progress.advance(self._task)
 
 
-def _plan(source: Checkpoint, recipe: "Recipe", out: Path | None, samples: int, device: str, as_json: bool) -> None:
-    from canvasrt.quantize.plan import measure_speed, plan
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What is free here, and what of a job does not fit in."""
 
-    with working("measuring this machine"):
-        needs = plan(source, recipe, samples, measure_speed(device))
+    memory_bytes: int
+    disk_bytes: int
+    lacks: list[str]
+
+
+def _room(source: Checkpoint, recipe: "Recipe", out: Path | None, device: str) -> _Room:
+    from canvasrt.quantize.plan import sizes
+
+    needs = sizes(source, recipe)
     place = (out or Path.cwd()).resolve()
     while not place.exists():
         place = place.parent
     memory, disk = free_memory(device), shutil.disk_usage(place).free
+    wanted = ((f"{device} memory", needs.memory_bytes, memory), (f"disk at {place}", needs.disk_bytes, disk))
     lacks = [
-        f"{name}: {readable(needed)} needed, {readable(free)} free"
-        for name, needed, free in (
-            (f"{device} memory", needs.memory_bytes, memory),
-            (f"disk at {place}", needs.disk_bytes, disk),
-        )
-        if needed > free
+        f"{name}: {readable(needed)} needed, {readable(free)} free" for name, needed, free in wanted if needed > free
     ]
+    return _Room(memory, disk, lacks)
+
+
+def _plan(source: Checkpoint, recipe: "Recipe", out: Path | None, samples: int, device: str, as_json: bool) -> None:
+    from canvasrt.quantize.plan import measure_speed, plan
+
+    room = _room(source, recipe, out, device)
+    memory, disk, lacks = room.memory_bytes, room.disk_bytes, room.lacks
+    with working("measuring this machine"):
+        needs = plan(source, recipe, samples, measure_speed(device))
     if as_json:
         here = {"free_memory_bytes": memory, "free_disk_bytes": disk, "fits": not lacks}
         typer.echo(json.dumps(asdict(needs) | here))

@@ -33,25 +33,32 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Sizes:
     memory_bytes: int  # of the device that the model is loaded on, at the peak
+    disk_bytes: int
+    packed_from_bytes: int  # weights that are packed, in the precision they are loaded in
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    memory_bytes: int
     disk_bytes: int
     passes: int  # of the model, in calibration
     calibration_seconds: float
     export_seconds: float
 
 
-def plan(source: Checkpoint, recipe: Recipe, samples: int, speed: Speed) -> Plan:
-    """``samples``: prompts that calibrate. Raises InputError for a source that the recipe can't start from."""
+def sizes(source: Checkpoint, recipe: Recipe) -> Sizes:
+    """Raises InputError for a source that the recipe can't start from."""
     check_source(source, recipe)
-    infos = read_folder(source.folder)
     covered = {name: shape for name, shape in source.spec.tensors().items() if recipe.covers(name)}
     # ModelOpt loads and writes BF16, whatever the source is stored in; INT4 copies what it does not pack.
     width = None if recipe.weights == "int4" else _BF16
-    sizes = {info.name: prod(info.shape) * width if width else info.nbytes for info in infos.values()}
-    source_bytes = sum(sizes.values())
+    infos = read_folder(source.folder).values()
+    loaded = {info.name: prod(info.shape) * width if width else info.nbytes for info in infos}
+    source_bytes = sum(loaded.values())
     packed = sum(_packed_bytes(recipe, name, shape) for name, shape in covered.items())
-    covered_bytes = sum(sizes[name] for name in covered)
+    covered_bytes = sum(loaded[name] for name in covered)
     largest = max(prod(shape) for shape in covered.values()) * _FLOAT32
     disk = source_bytes - covered_bytes + packed
     if recipe.weights == "int4":
@@ -60,12 +67,19 @@ def plan(source: Checkpoint, recipe: Recipe, samples: int, speed: Speed) -> Plan
         logits = _LOGITS * source.spec.canvas_length * source.spec.vocab_size * _FLOAT32
         # The exporter keeps the packed copies until it writes, beside the model.
         memory = source_bytes + packed + max(2 * largest, logits)
+    return Sizes(memory, disk, covered_bytes)
+
+
+def plan(source: Checkpoint, recipe: Recipe, samples: int, speed: Speed) -> Plan:
+    """``samples``: prompts that calibrate. Raises InputError for a source that the recipe can't start from."""
+    needs = sizes(source, recipe)
     settings = recipe.calibration
     # Per prompt: the steps, the prompt and each finished canvas encoded, and the whole text once more.
     per_prompt = 0 if settings is None else settings.canvases * (settings.steps + 1) + 1
     passes = samples * per_prompt
     per_pass = max(_flops(source) / speed.flops, source.nbytes() / speed.bytes)
-    return Plan(memory, disk, passes, passes * per_pass, covered_bytes / _PACK_BYTES_PER_SECOND)
+    export_seconds = needs.packed_from_bytes / _PACK_BYTES_PER_SECOND
+    return Plan(needs.memory_bytes, needs.disk_bytes, passes, passes * per_pass, export_seconds)
 
 
 def measure_speed(device: str) -> Speed:
