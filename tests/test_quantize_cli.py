@@ -1,7 +1,12 @@
 """``canvasrt quantize`` and ``verify --source`` as a user runs them, and what other commands do with the result."""
 
+import contextlib
 import json
+import os
+import pty
+import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +140,27 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> Non
         assert "disk at" in done.stderr
     assert not (tmp_path / "out.partial").exists()
     (folder / name).unlink()
+
+
+def test_progress_is_shown_on_a_terminal_and_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
+    """ModelOpt's chatter is silenced by redirecting standard error, which once silenced the bar too."""
+    terminal, stderr = pty.openpty()
+    command = [sys.executable, "-m", "canvasrt.cli.main", "quantize", str(CHECKPOINT), "--recipe", "fp8"]
+    running = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=stderr, stdout=subprocess.DEVNULL)
+    os.close(stderr)
+    shown, stopped = "", False
+    with contextlib.suppress(OSError):  # what a terminal gives at the end of its other side
+        while more := os.read(terminal, 4096):
+            shown += more.decode(errors="replace")
+            if not stopped and re.search(r"calibrate.* [1-9]\d? of 32", shown):
+                running.send_signal(signal.SIGINT)
+                stopped = True
+    os.close(terminal)
+    assert running.wait(timeout=60) == 130
+    assert stopped
+    assert "was not made" in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
 
 
 ODD = Dims(expert_size=24)

@@ -1,6 +1,7 @@
 """What ``canvasrt quantize`` and ``canvasrt verify --source`` share: held-out prompts, and the report about them."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,8 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=errors,
+        # Its own handle of the stream: ModelOpt's chatter is silenced by redirecting sys.stderr, and this must go on.
+        console=Console(file=sys.stderr),
         transient=True,
         disable=not errors.is_terminal,  # elsewhere it would only leave empty lines
     )

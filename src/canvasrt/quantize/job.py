@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import safetensors
@@ -206,8 +206,3 @@ def _disk_errors(out: Path) -> Iterator[None]:
                 "again; calibration is kept"
             ) from None
         raise InputError(f"can't write {out}: {error}") from None
-
-
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """What a report says about a recipe."""
-    return {"name": recipe.name, "tensors": dict(recipe.tensors), "kv_cache": recipe.kv_cache}
