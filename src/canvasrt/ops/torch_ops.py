@@ -28,7 +28,8 @@ class TorchOps:
     def __init__(self, weights: TorchWeights) -> None:
         self._weights = weights
         self._dtype = weights.dtype
-        self._rotations: dict[tuple[tuple[str, int], ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._head_weights: dict[tuple[tuple[str, int], ...], Tensor] = {}
+        self._rotations: dict[tuple[tuple[str, int], ...], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
         self._rounded: dict[float, float] = {}
         self._averages: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         self._folds = weights.dtype == torch.float32
@@ -205,14 +206,23 @@ class TorchOps:
 
     def rotate(self, x: Tensor, cos: Tensor, signed_sin: Tensor, *norms: tuple[str, int]) -> Tensor:
         half = x.shape[-1] // 2
-        kept = self._rotations.get(norms)
-        if kept is None or kept[0] is not cos:  # the steps of a canvas share their positions, so their factors
+        weights = self._head_weights.get(norms)
+        if weights is None:
             rows = [self._weights.small(name, torch.float32).expand(heads, -1) for name, heads in norms]
-            weights = torch.cat(rows)
-            kept = cos, cos * weights, signed_sin * weights.roll(half, -1)
-            if kept[1].numel() <= KEPT_ROTATION:
+            weights = self._head_weights[norms] = torch.cat(rows)
+        kept = self._rotations.get(norms)
+        if kept is None or kept[0] is not cos:
+            # The steps of a canvas share their positions, so a second call pays for weighted factors; a prompt's only
+            # call would not.
+            self._rotations[norms] = cos, None
+            x = x * weights
+            return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
+        if kept[1] is None:
+            kept = cos, (cos * weights, signed_sin * weights.roll(half, -1))
+            if x.numel() <= KEPT_ROTATION:
                 self._rotations[norms] = kept
-        return torch.addcmul(x * kept[1], x.roll(half, -1), kept[2])
+        assert kept[1] is not None
+        return torch.addcmul(x * kept[1][0], x.roll(half, -1), kept[1][1])
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         # In bfloat16 the product would round the scores, which the fused kernel keeps in float32.

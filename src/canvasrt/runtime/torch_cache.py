@@ -132,6 +132,11 @@ class TorchCache:
     ) -> "_Plan":
         """``held`` (rows, 1): buffer rows in use; ``window``: committed tokens that a token sees, None for all."""
         rows = self.rows[kind]
+        if len(slots) == 1 and counts[0] == canvas == width:  # one canvas alone: all it reads is visible to all of it
+            slot, first = slots[0], int(held[0, 0])
+            place = slice(slot * rows + first, slot * rows + first + width)
+            begin = 0 if window is None else max(0, first - window)
+            return _Plan(None, place, None, slice(slot, slot + 1), begin, first + width, None)
         count = np.array(counts).reshape(-1, 1)
         column = np.arange(width)
         padding_row = len(self._slots) * rows
@@ -206,9 +211,9 @@ class TorchCache:
 class _Plan:
     """One call's use of the buffers of one kind of layer."""
 
-    write: Tensor  # (rows * width,) flat row that each new token goes to
+    write: Tensor | None  # (rows * width,) flat row that each new token goes to
     write_range: slice | None  # the same, for a single row without padding: a plain copy
-    slots: Tensor  # (rows,)
+    slots: Tensor | None  # (rows,)
     slot_range: slice | None  # the same, when the slots are neighbours: then reading copies nothing
     begin: int  # buffer rows read: [begin, end)
     end: int
@@ -230,9 +235,11 @@ class _Place:
         if self.one_row is not None:
             self.one_row.copy_(new)
         else:
+            assert self.plan.write is not None  # one of the two is there
             self.flat.index_copy_(0, self.plan.write, new.reshape(-1, *self.flat.shape[1:]))
         if self.seen is not None:
             return self.seen
+        assert self.plan.slots is not None  # one of the two is there
         return self.view[:, self.plan.begin : self.plan.end].index_select(0, self.plan.slots).transpose(1, 2)
 
 

@@ -32,6 +32,7 @@ Tensor = torch.Tensor
 _NOTHING = np.zeros(0, dtype=np.int32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENSE_PRODUCTS = 25_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
+TABLE = 4096  # positions whose rotary factors are computed once
 CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
 
 
@@ -88,6 +89,8 @@ class TorchRunner:
         self._soft = [self._no_signal] * slots  # replaced after each step, never written to
         kinds: dict[LayerKind, LayerSpec] = {layer.kind: layer for layer in spec.layers}
         self._frequencies = {kind: _inverse_frequencies(layer).to(self._device) for kind, layer in kinds.items()}
+        first_positions = np.arange(min(self._limits.context, TABLE))
+        self._tables = {kind: self._factors(kind, first_positions) for kind in kinds}
         self._rotary: tuple[CacheCall | None, dict[LayerKind, Rotary[Tensor]]] = (None, {})
         self._pending: dict[
             int, NDArray[np.int32]
@@ -212,14 +215,23 @@ class TorchRunner:
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
         if self._rotary[0] is not call:
-            positions = torch.from_numpy(call.positions.astype(np.float32)[..., None, None]).to(self._device)
-            factors: dict[LayerKind, Rotary[Tensor]] = {}
-            for kind, frequencies in self._frequencies.items():
-                angles = positions * frequencies
-                cos, sin = angles.cos(), angles.sin()
-                factors[kind] = Rotary(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
-            self._rotary = (call, factors)
+            first, end = int(call.positions[0, 0]), int(call.positions[0, -1]) + 1
+            if len(call.positions) == 1 and end <= min(self._limits.context, TABLE):
+                slices = {
+                    kind: Rotary(table.cos[first:end].unsqueeze(0), table.signed_sin[first:end].unsqueeze(0))
+                    for kind, table in self._tables.items()
+                }
+                self._rotary = (call, slices)
+            else:
+                self._rotary = (call, {kind: self._factors(kind, call.positions) for kind in self._frequencies})
         return self._rotary[1]
+
+    def _factors(self, kind: LayerKind, positions: NDArray[np.int64]) -> Rotary[Tensor]:
+        """Of positions (...): both (..., 1, head_dim), the axis of length 1 for the heads."""
+        column = torch.from_numpy(positions.astype(np.float32)[..., None, None]).to(self._device)
+        angles = column * self._frequencies[kind]
+        cos, sin = angles.cos(), angles.sin()
+        return Rotary(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
     def _per_token(self, rows: Sequence[DenoiseRow], values: list[float]) -> Tensor:
         """(rows * canvas, 1) float32 from one value per row."""
