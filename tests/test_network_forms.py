@@ -151,8 +151,7 @@ def test_the_attention_of_few_tokens_equals_the_fused_kernel(source: Checkpoint,
     torch.testing.assert_close(ops.attention(q, keys, values, None), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rotary_factors_are_those_of_the_positions_of_the_call(source: Checkpoint) -> None:
-    """They are kept with the norm weights between the steps of a canvas: other positions must not get them."""
+def test_rotary_factors_meet_heads_times_their_norm_weights(source: Checkpoint) -> None:
     ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
     norm = "model.decoder.layers.0.self_attn.q_norm.weight"
     x = torch.randn(1, 3, 2, 16)

@@ -94,7 +94,8 @@ def bench(
 
             reference = ReferenceModel.load(source, _torch_dtype(dtype))
     runs = []
-    with Progress(console=errors, transient=True) as progress:
+    # Drawn seldom: every redraw takes time from what is measured.
+    with Progress(console=errors, transient=True, refresh_per_second=1, disable=not errors.is_terminal) as progress:
         for level in levels:
             groups = list(_groups(texts, params, level, requests))
             task = progress.add_task(f"{level} at once", total=len(groups))

@@ -14,7 +14,6 @@ Tensor = torch.Tensor
 ONEDNN_PRODUCTS = 3_000_000
 ONEDNN_GATED = 1_000_000  # the same for one half of a gated product, whose GELU oneDNN computes along
 SMALL_SCORES = 1 << 16  # attention scores up to which two products beat the fused attention kernel
-KEPT_ROTATION = 1 << 18  # elements of rotary factors that are kept from step to step
 MATRIX = 2  # axes
 
 # torch offers oneDNN's float32 product under a private name only, the one its compiler uses; functional.linear goes to
@@ -29,7 +28,7 @@ class TorchOps:
         self._weights = weights
         self._dtype = weights.dtype
         self._head_weights: dict[tuple[tuple[str, int], ...], Tensor] = {}
-        self._rotations: dict[tuple[tuple[str, int], ...], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+        self._halves: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._rounded: dict[float, float] = {}
         self._averages: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         self._folds = weights.dtype == torch.float32
@@ -129,7 +128,8 @@ class TorchOps:
         return x + (normed * weight).to(self._dtype)  # rounded before the sum, as in the reference
 
     def rms(self, x: Tensor, eps: float) -> Tensor:
-        x = self.cast(x, "float32")
+        if x.dtype is not torch.float32:
+            x = x.float()
         shape = x.shape
         constants = self._averages.get((shape[-1], eps))
         if constants is None:
@@ -143,7 +143,7 @@ class TorchOps:
         return normed if len(shape) == MATRIX else normed.view(shape)
 
     def cast(self, x: Tensor, precision: Precision) -> Tensor:
-        wanted = self._named(precision)
+        wanted = torch.float32 if precision == "float32" else self._dtype
         return x if x.dtype is wanted else x.to(wanted)  # asked 100 times a step: to() that does nothing takes 0.7 us
 
     def to_float(self, x: Tensor) -> Tensor:
@@ -210,19 +210,8 @@ class TorchOps:
         if weights is None:
             rows = [self._weights.small(name, torch.float32).expand(heads, -1) for name, heads in norms]
             weights = self._head_weights[norms] = torch.cat(rows)
-        kept = self._rotations.get(norms)
-        if kept is None or kept[0] is not cos:
-            # The steps of a canvas share their positions, so a second call pays for weighted factors; a prompt's only
-            # call would not.
-            self._rotations[norms] = cos, None
-            x = x * weights
-            return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
-        if kept[1] is None:
-            kept = cos, (cos * weights, signed_sin * weights.roll(half, -1))
-            if x.numel() <= KEPT_ROTATION:
-                self._rotations[norms] = kept
-        assert kept[1] is not None
-        return torch.addcmul(x * kept[1][0], x.roll(half, -1), kept[1][1])
+        x = x * weights
+        return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         # In bfloat16 the product would round the scores, which the fused kernel keeps in float32.
@@ -254,9 +243,12 @@ class TorchOps:
         """The rows of ``both`` are those of the gate, then those of the up matrix."""
         half = both.shape[0] // 2
         if self._onednn and x.numel() * half >= ONEDNN_GATED:
+            halves = self._halves.get(id(both))
+            if halves is None or halves[0] is not both:
+                halves = self._halves[id(both)] = both, both[:half], both[half:]
             # oneDNN applies the GELU and the product while the numbers are in registers: almost free.
-            gate = _onednn(x, both[:half], None, "gelu", [], "tanh")
-            result: Tensor = _onednn.binary(x, gate, both[half:], None, "mul")
+            gate = _onednn(x, halves[1], None, "gelu", [], "tanh")
+            result: Tensor = _onednn.binary(x, gate, halves[2], None, "mul")
             return result
         return self.gated_gelu(self._product(x, both))
 

@@ -186,8 +186,13 @@ class TorchCache:
 
     def _place(self, layer: int, which: int, plan: "_Plan") -> "_Place":
         flat, view = self._flat[layer][which], self._views[layer][which]
-        one_row = None if plan.write_range is None else flat[plan.write_range].unsqueeze(0)
-        seen = None if plan.slot_range is None else view[plan.slot_range, plan.begin : plan.end].transpose(1, 2)
+        one_row = seen = None
+        if plan.write_range is not None:
+            start, stop = plan.write_range.start, plan.write_range.stop
+            one_row = flat.narrow(0, start, stop - start).unsqueeze(0)
+        if plan.slot_range is not None:
+            first, count = plan.slot_range.start, plan.slot_range.stop - plan.slot_range.start
+            seen = view.narrow(0, first, count).narrow(1, plan.begin, plan.end - plan.begin).transpose(1, 2)
         return _Place(plan, flat, view, one_row, seen)
 
     def _make_room(self, slot: int, count: int) -> None:
