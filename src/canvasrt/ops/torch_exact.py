@@ -5,7 +5,6 @@ judging what an engine will compute, without one.
 """
 
 import torch
-from torch.nn import functional
 
 from canvasrt.errors import InputError
 from canvasrt.ops.torch_formats import rounded
@@ -41,22 +40,8 @@ class ExactTorchOps(TorchOps):
     def experts_batched(self, x: Tensor, name: str) -> Tensor:
         return super().experts_batched(self._met(x, name, torch.arange(len(x), device=x.device).view(-1, 1)), name)
 
-    def experts_routed(self, x: Tensor, experts: Tensor, route: Tensor, gate_up: str, down: str) -> Tensor:
-        tokens, chosen = experts.shape
-        expert_of_row, order = torch.sort(experts.flatten(), stable=True)
-        matrices = self._weights.fused((gate_up,))
-        ends = torch.searchsorted(
-            expert_of_row, torch.arange(len(matrices), device=x.device), right=True, out_int32=True
-        )
-        met = self._met(x.index_select(0, order // chosen), gate_up, expert_of_row)
-        hidden = self.gated_gelu(functional.grouped_mm(met, matrices.transpose(1, 2), offs=ends))
-        met = self._met(hidden, down, expert_of_row)
-        out = functional.grouped_mm(met, self._weights.fused((down,)).transpose(1, 2), offs=ends)
-        back = torch.empty_like(out).index_copy_(0, order, out).view(tokens, chosen, -1)
-        return torch.bmm(route.unsqueeze(1), back).squeeze(1)
-
     def _met(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
-        """x (..., in) as it meets the matrix; ``experts`` (...) names the expert that each row meets."""
+        """Rounded as the matrix's format says."""
         form, scale = self._weights.activations(name)
         if form.activations == "none":
             return x

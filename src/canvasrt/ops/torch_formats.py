@@ -139,7 +139,7 @@ def _to_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _to_e2m1(x: Tensor) -> Tensor:
-    size = x.abs()
-    code = torch.bucketize(size, _E2M1_BOUNDS)  # bounds below size: a tie stays with the lower code
-    odd_tie = torch.isin(size, _E2M1_BOUNDS) & (code % 2 == 1)
-    return _E2M1[code + odd_tie].copysign(x)
+    size, bounds = x.abs(), _E2M1_BOUNDS.to(x.device)
+    code = torch.bucketize(size, bounds)  # bounds below size: a tie stays with the lower code
+    odd_tie = torch.isin(size, bounds) & (code % 2 == 1)
+    return _E2M1.to(x.device)[code + odd_tie].copysign(x)

@@ -74,8 +74,10 @@ class TorchOps:
         ends = torch.searchsorted(
             chosen_experts, torch.arange(len(matrices), device=x.device), right=True, out_int32=True
         )
-        hidden = functional.grouped_mm(x.index_select(0, order // chosen), matrices.transpose(1, 2), offs=ends)
-        out = functional.grouped_mm(self.gated_gelu(hidden), self._weights.fused((down,)).transpose(1, 2), offs=ends)
+        met = self._met(x.index_select(0, order // chosen), gate_up, chosen_experts)
+        hidden = self.gated_gelu(functional.grouped_mm(met, matrices.transpose(1, 2), offs=ends))
+        met = self._met(hidden, down, chosen_experts)
+        out = functional.grouped_mm(met, self._weights.fused((down,)).transpose(1, 2), offs=ends)
         back = torch.empty_like(out).index_copy_(0, order, out).view(rows, chosen, -1)
         return torch.bmm(route.unsqueeze(1), back).squeeze(1)
 
@@ -234,6 +236,10 @@ class TorchOps:
             scores.view(groups, -1, tokens, mask.shape[3]).add_(mask)
         mixed = torch.bmm(scores.softmax(-1), values)
         return mixed.view(groups, -1, tokens, dim).permute(2, 0, 1, 3).reshape(1, tokens, heads * dim)
+
+    def _met(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
+        """x (..., in) as it meets the matrix: here as it is. ``experts`` (...) names the expert that each row meets."""
+        return x
 
     def _scaled(self, normed: Tensor, scale: str, factor: float = 1.0) -> Tensor:
         scaled = normed * self._weights.small(scale, torch.float32)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from canvasrt.diffusion.request import RequestState
-from canvasrt.runtime.generate import run_requests
-from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, EngineRunner
+from canvasrt.runtime.generate import denoise_row, run_requests
+from canvasrt.runtime.protocol import DenoiseResult, EncodeRow, EngineRunner
 
 Floats = NDArray[np.float32]
 Outputs = list[tuple[int, ...]]
@@ -95,17 +95,7 @@ def _together(
                 for runner in runners:
                     runner.encode([EncodeRow(0, state.to_encode, state.context)])
                 state = state.encoded(len(state.to_encode))
-            canvas, params = state.canvas, state.params
-            row = DenoiseRow(
-                slot=0,
-                canvas=canvas.tokens,
-                temperature=canvas.temperature(params),
-                uniforms=canvas.uniforms(params),
-                first=canvas.step == params.max_denoising_steps,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                want_logits=True,
-            )
+            row = denoise_row(0, state, want_logits=True)
             expected, found = (runner.denoise([row])[0] for runner in runners)
             parts.append(_step(expected, found, row.temperature))
             state = state.denoised(expected.argmax, expected.sampled, expected.entropy)

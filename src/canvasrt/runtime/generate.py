@@ -63,7 +63,7 @@ def _encode(runner: EngineRunner, active: dict[int, tuple[int, RequestState]]) -
 def _denoise(
     runner: EngineRunner, active: dict[int, tuple[int, RequestState]], stop_check: StopCheck | None
 ) -> list[tuple[int, Event]]:
-    rows = [_row(slot, state) for slot, (_, state) in active.items()]
+    rows = [denoise_row(slot, state) for slot, (_, state) in active.items()]
     events: list[tuple[int, Event]] = []
     for row, result in zip(rows, runner.denoise(rows), strict=True):
         request, before = active[row.slot]
@@ -79,7 +79,8 @@ def _denoise(
     return events
 
 
-def _row(slot: int, state: RequestState) -> DenoiseRow:
+def denoise_row(slot: int, state: RequestState, want_logits: bool = False) -> DenoiseRow:
+    """The next step of a request whose context is encoded."""
     params, canvas = state.params, state.canvas
     return DenoiseRow(
         slot=slot,
@@ -89,6 +90,7 @@ def _row(slot: int, state: RequestState) -> DenoiseRow:
         first=canvas.step == params.max_denoising_steps,
         top_k=params.top_k,
         top_p=params.top_p,
+        want_logits=want_logits,
     )
 
 
