@@ -156,13 +156,16 @@ def test_activations_scaled_per_token_equal_the_references_with_rounded_inputs(t
 
 
 @pytest.mark.parametrize("layout", ["nvfp4-experts", "fp8", "fp8-dynamic"])
-def test_capacity_and_sparse_round_alike_and_dense_is_refused(plain: Path, tmp_path: Path, layout: Layout) -> None:
+def test_capacity_and_sparse_round_alike_and_dense_within_the_rounding(
+    plain: Path, tmp_path: Path, layout: Layout
+) -> None:
     made = Checkpoint.open(export(plain, layout).write(tmp_path / "made"))
     sparse = our_logits(made, exact=True, moe=MoeChoice("sparse"))
     capacity = our_logits(made, exact=True, moe=MoeChoice("capacity", 64))
     assert difference(capacity, sparse) < 1e-5
-    with pytest.raises(InputError, match="dense formulation can't round"):
-        our_logits(made, exact=True, moe=MoeChoice("dense"))
+    dense = difference(our_logits(made, exact=True, moe=MoeChoice("dense")), sparse)
+    rounding = difference(our_logits(made, exact=False), sparse)
+    assert 0 < dense < 4 * rounding  # one flipped rounding moves an expert, and then everything
 
 
 def test_experts_may_have_input_scales_of_their_own(plain: Path, tmp_path: Path) -> None:
@@ -175,6 +178,8 @@ def test_experts_may_have_input_scales_of_their_own(plain: Path, tmp_path: Path)
     made = Checkpoint.open(content.write(tmp_path / "made"))
     sparse = our_logits(made, exact=True, moe=MoeChoice("sparse"))
     assert difference(our_logits(made, exact=True, moe=MoeChoice("capacity", 64)), sparse) < 1e-5
+    with pytest.raises(InputError, match="input scales of their own"):
+        our_logits(made, exact=True, moe=MoeChoice("dense"))
     same = Checkpoint.open(export(plain, "fp8").write(tmp_path / "same"))
     assert difference(our_logits(same, exact=True), sparse) > 1e-4
 

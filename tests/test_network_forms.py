@@ -8,7 +8,7 @@ import torch
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.attention import Rotary
-from canvasrt.network.moe import MoeChoice, expert_layer, route
+from canvasrt.network.moe import Moe, expert_layer, route
 from canvasrt.network.text import Canvas, TextInputs, text_network
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
@@ -91,7 +91,7 @@ def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoi
         ),
         is_canvas=torch.tensor([False, True]).view(2, 1, 1).expand(2, CANVAS, 1),
     )
-    prediction = text_network(mixed._ops, source.spec, inputs, "mixed", MoeChoice("dense")).prediction
+    prediction = text_network(mixed._ops, source.spec, inputs, "mixed", Moe("dense")).prediction
     assert prediction is not None
     cache.commit(0, CANVAS)
     np.testing.assert_allclose(prediction.logits.numpy(), expected.logits, atol=2e-4)
@@ -110,21 +110,22 @@ def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathF
     assert routing.experts.shape == (tokens, 3)
     results = {}
     for name in ("dense", "capacity", "sparse"):
-        results[name], over = expert_layer(ops, source.spec, 1, x, routing, MoeChoice(name, tokens))
-        assert over is None or over.item() <= 0
+        seats = torch.arange(tokens).float()
+        results[name], busiest = expert_layer(ops, source.spec, 1, x, routing, Moe(name, seats))
+        assert busiest is None or busiest.item() <= tokens
     torch.testing.assert_close(results["dense"], results["sparse"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results["capacity"], results["sparse"], atol=1e-5, rtol=1e-5)
 
 
-def test_capacity_counts_exactly_the_tokens_that_do_not_fit(source: Checkpoint) -> None:
+def test_capacity_tells_how_many_tokens_the_busiest_expert_got(source: Checkpoint) -> None:
     ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     routing = route(ops, source.spec, 0, ops.rms(x, 1e-6))
     busiest = int(routing.experts.flatten().bincount().max())
     for capacity in (busiest - 2, busiest, busiest + 1):
-        _, over = expert_layer(ops, source.spec, 0, x, routing, MoeChoice("capacity", capacity))
-        assert over is not None
-        assert over.item() == busiest - capacity
+        _, told = expert_layer(ops, source.spec, 0, x, routing, Moe("capacity", torch.arange(capacity).float()))
+        assert told is not None
+        assert told.item() == busiest
 
 
 def test_the_onednn_product_equals_the_plain_one(source: Checkpoint) -> None:

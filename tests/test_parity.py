@@ -16,6 +16,7 @@ from canvasrt.runtime.torch_runner import TorchRunner
 from tiny import Dims, write
 
 TOLERANCE = 1e-4  # of the largest reference value
+VARIED = 5e-4  # the same for any dimensions: a canvas of one token and heads of four numbers amplify rounding
 
 
 @st.composite
@@ -42,13 +43,17 @@ def dimensions(draw: st.DrawFn) -> Dims:
     )
 
 
-def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
+def close(ours: np.ndarray, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
     expected = theirs.numpy()
-    return bool(np.abs(ours - expected).max() <= TOLERANCE * np.abs(expected).max())
+    return bool(np.abs(ours - expected).max() <= tolerance * np.abs(expected).max())
 
 
 def walk_and_compare(
-    runner: TorchRunner, reference: ReferenceModel, prompt: np.ndarray, rng: np.random.Generator
+    runner: TorchRunner,
+    reference: ReferenceModel,
+    prompt: np.ndarray,
+    rng: np.random.Generator,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Prefill, three self-conditioned steps, the canvas encoded, a second canvas: logits equal at every step."""
     spec_canvas, vocab = runner.limits.canvas, runner.limits.vocabulary
@@ -64,7 +69,7 @@ def walk_and_compare(
             row = DenoiseRow(0, canvas, temperature, uniforms, first=step == 0, want_logits=True)
             result = runner.denoise([row])[0]
             expected = reference.denoise(cache, canvas, previous)
-            assert close(result.logits, expected), f"canvas {canvas_index}, step {step}"
+            assert close(result.logits, expected, tolerance), f"canvas {canvas_index}, step {step}"
             scaled = torch.distributions.Categorical(logits=expected / temperature)
             assert np.allclose(result.entropy, scaled.entropy().numpy(), atol=1e-3)
             previous = expected / temperature
@@ -88,7 +93,7 @@ def test_logits_equal_transformers_for_varied_dimensions(
     context = len(prompt) + 3 * dims.canvas
     # Any chunk length must give the same prefill.
     runner = TorchRunner(source, context=context, chunk=data.draw(st.integers(1, len(prompt) + 1)), moe=moe)
-    walk_and_compare(runner, reference, prompt, rng)
+    walk_and_compare(runner, reference, prompt, rng, VARIED)
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 import canvasrt.network.sampler
-from canvasrt.network.sampler import REMOVED, Filters, _filtered, _inverse_cdf
+from canvasrt.network.sampler import REMOVED, Filters, _block_width, _inverse_cdf, _kept, _least_kept, predict
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
+from canvasrt.spec import ModelSpec
 
 OPS = TorchOps(cast(TorchWeights, SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))))
 JUST_BELOW_ONE = 1.0 - 2.0**-24
 
 
 def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> list[int]:
-    return _inverse_cdf(OPS, weights.shape[-1], weights, uniforms.float().view(-1, 1)).tolist()
+    return _inverse_cdf(OPS, weights.shape[-1], weights, lambda columns: columns, uniforms.float().view(-1, 1)).tolist()
 
 
 SERVED = canvasrt.network.sampler.ONE_LEVEL
@@ -68,7 +69,7 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float) -> None:
 def test_a_target_at_the_edge_of_a_block_draws_no_token_of_probability_zero(vocabulary: int) -> None:
     """Just at an edge the rounded rest can be negative, and the block's first token may have probability 0."""
     generator = torch.Generator().manual_seed(0)
-    width = int(np.ceil(np.sqrt(vocabulary)))
+    width = _block_width(vocabulary)
     for _ in range(20):
         weights = torch.zeros(1, vocabulary)
         chosen = torch.randperm(vocabulary, generator=generator)[: vocabulary // 9]
@@ -102,7 +103,7 @@ def filtered(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     shifted = logits - logits.amax(-1, keepdim=True)
     rows = len(logits)
     filters = Filters(torch.full((rows, 1), float(top_k)), torch.full((rows, 1), top_p))
-    return _filtered(OPS, shifted, filters) > REMOVED
+    return _kept(OPS, shifted, _least_kept(OPS, shifted, filters)) > REMOVED
 
 
 @given(
@@ -131,6 +132,38 @@ def test_filters_keep_what_the_library_keeps(
 def test_a_row_without_limits_loses_nothing_to_rounding() -> None:
     logits = torch.randn(8, 112, generator=torch.Generator().manual_seed(1)) * 10
     assert bool(filtered(logits, 112, 2.0).all())
+
+
+def test_only_the_last_rows_are_limited_each_by_its_own_limits() -> None:
+    """Through ``predict``: entropy tells how many tokens are left of an even distribution."""
+    source = SimpleNamespace(vocab_size=112, softcap=30.0, hidden_size=4)
+    ops = TorchOps(cast(TorchWeights, Even()))
+    filters = Filters(torch.tensor([[3.0], [112.0]]), torch.tensor([[2.0], [0.5]]))
+    temperature, uniforms = torch.tensor([[0.5], [0.7], [1.0], [2.0], [0.4]]), torch.full((5, 1), 0.99)
+    found = predict(ops, cast(ModelSpec, source), torch.ones(5, 4), temperature, uniforms, filters)
+    logits = found.logits / temperature
+    for row, kept in enumerate((112, 112, 112, 3)):
+        expected = torch.distributions.Categorical(logits=logits[row].topk(kept).values).entropy()
+        torch.testing.assert_close(found.entropy[row], expected, atol=1e-4, rtol=1e-4)
+    probabilities = logits[4].softmax(-1).sort(descending=True).values
+    kept = int((probabilities.cumsum(0) < 0.5).sum()) + 1
+    expected = torch.distributions.Categorical(probs=probabilities[:kept]).entropy()
+    torch.testing.assert_close(found.entropy[4], expected, atol=1e-4, rtol=1e-4)
+
+
+class Even:
+    """Weights of an embedding whose logits are 112 different numbers for every row."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def fused(self, names: tuple[str, ...]) -> torch.Tensor:
+        return torch.linspace(-1, 1, 112).view(-1, 1).expand(-1, 4).contiguous()
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(262_144, 512), (1000, 40), (1018, 509), (1009, 1009), (512, 512)])
+def test_blocks_divide_the_vocabulary(vocabulary: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canvasrt.network.sampler, "ONE_LEVEL", SERVED)
+    assert _block_width(vocabulary) == width
 
 
 def test_the_likeliest_token_always_survives() -> None:

@@ -17,5 +17,9 @@ class CheckpointError(InputError):
     """A model folder is missing, damaged, or of a kind that CanvasRT does not run."""
 
 
+class BundleError(InputError):
+    """An engine bundle is missing, damaged, of another format version, or not for this GPU or checkpoint."""
+
+
 class CapacityError(CanvasRTError):
     """A limit of memory, context or slots was reached; the message names the limit."""

@@ -5,7 +5,7 @@ layer scalar.
 """
 
 from canvasrt.network.attention import Rotary, append_only, attention_block
-from canvasrt.network.moe import MoeChoice, expert_layer, route
+from canvasrt.network.moe import Moe, expert_layer, route
 from canvasrt.network.names import decoder_layer
 from canvasrt.network.norm import weighted
 from canvasrt.ops.protocol import Cache, Ops, T
@@ -21,9 +21,10 @@ def transformer_layer(
     mask: T | None,
     cache: Cache[T],
     scalar: T,
-    moe: MoeChoice,
+    moe: Moe[T],
 ) -> tuple[T, T | None]:
-    """x (rows, tokens, hidden) and its layer scalar, (1,) or (rows, tokens, 1): (new x, tokens over MoE capacity)."""
+    """x (rows, tokens, hidden) and its layer scalar, (1,) or (rows, tokens, 1): (new x, tokens of the busiest expert
+    where `expert_layer` tells)."""
     prefix, eps = decoder_layer(layer.index), spec.rms_norm_eps
     attended = attention_block(ops, spec, layer, ops.rms(x, eps), rotary, mask, cache)
     x = ops.add_scaled(x, ops.rms(attended, eps), prefix + "post_attention_layernorm.weight")
@@ -37,7 +38,7 @@ def transformer_layer(
     )
     mlp = ops.linear(gated, prefix + "mlp.down_proj.weight")
     routing = route(ops, spec, layer.index, normed)
-    experts, over = expert_layer(ops, spec, layer.index, normed, routing, moe)
+    experts, busiest = expert_layer(ops, spec, layer.index, normed, routing, moe)
     both = ops.add_scaled(
         weighted(ops, ops.rms(mlp, eps), prefix + "post_feedforward_layernorm_1.weight"),
         ops.rms(experts, eps),
@@ -45,7 +46,7 @@ def transformer_layer(
     )
     normed = ops.reshape_like(ops.rms(both, eps), x)
     x = ops.add_scaled(x, normed, prefix + "post_feedforward_layernorm.weight")
-    return ops.multiply(x, scalar), over
+    return ops.multiply(x, scalar), busiest
 
 
 def context_tail(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotary[T], cache: Cache[T]) -> None:

@@ -4,9 +4,9 @@ Reference: transformers ``DiffusionGemmaTextRouter`` and ``DiffusionGemmaTextExp
 
 ``dense``     every expert on every token as two large products, unselected experts multiplied by 0: weights are read
 once.
-``capacity``  tokens gathered into (experts, C) places: C / tokens of dense's work. Exact unless an expert gets more
-than C
-              tokens; the second result is above 0 when one did, and the caller repeats the call otherwise.
+``capacity``  tokens gathered into (experts, C) seats: C / tokens of dense's work. Exact unless an expert gets more
+              than C tokens; the second result tells how many the busiest got, and the caller repeats the call with
+              more seats where they did not suffice.
 ``sparse``    only the chosen experts, grouped by the lowering at run time.
 """
 
@@ -23,13 +23,18 @@ Formulation = Literal["dense", "capacity", "sparse"]
 
 @dataclass(frozen=True, slots=True)
 class MoeChoice:
-    """How the expert layer is computed.
-
-    A GPU profile decides. ``capacity`` is in tokens per expert, for "capacity" only.
-    """
+    """How a runner computes the expert layer. ``capacity`` is in tokens per expert, for "capacity" only."""
 
     formulation: Formulation
     capacity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moe(Generic[T]):
+    """How one call computes it."""
+
+    formulation: Formulation
+    seats: T | None = None  # (C,) float32: 0, 1, 2, ...; for "capacity", whose C may differ from call to call
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,11 @@ def route(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> Routing[T]:
 
 
 def expert_layer(
-    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, routing: Routing[T], moe: MoeChoice
+    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, routing: Routing[T], moe: Moe[T]
 ) -> tuple[T, T | None]:
     """The residual ``normed`` (tokens, hidden), as for ``route``, through its norm weight and the chosen experts.
 
-    Returns the result (tokens, hidden), and the tokens over capacity (1, 1) or None.
+    Returns the result (tokens, hidden), and with "capacity" the tokens of the busiest expert, (1, 1) float32.
     """
     prefix = decoder_layer(layer)
     gate_up, down = prefix + "experts.gate_up_proj", prefix + "experts.down_proj"
@@ -63,9 +68,9 @@ def expert_layer(
     x = weighted(ops, normed, scale)
     if moe.formulation == "sparse":
         return ops.experts_routed(x, routing.experts, ops.cast(routing.weights, "model"), gate_up, down), None
-    if moe.capacity < 1:
-        raise ValueError("the capacity formulation needs a capacity of at least one token per expert")
-    return _capacity(ops, spec, x, routing, gate_up, down, moe.capacity)
+    if moe.seats is None:
+        raise ValueError("the capacity formulation needs seats")
+    return _capacity(ops, spec, x, routing, gate_up, down, moe.seats)
 
 
 def _dense(ops: Ops[T], spec: ModelSpec, gated: T, routing: Routing[T], down: str) -> T:
@@ -76,21 +81,26 @@ def _dense(ops: Ops[T], spec: ModelSpec, gated: T, routing: Routing[T], down: st
 
 
 def _capacity(
-    ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str, capacity: int
+    ops: Ops[T], spec: ModelSpec, x: T, routing: Routing[T], gate_up: str, down: str, seats: T
 ) -> tuple[T, T]:
-    selected = ops.spread(ops.add(ops.multiply(routing.weights, 0.0), 1.0), routing.experts, spec.experts)
+    capacity = ops.add(ops.max(seats, axis=0), 1.0)  # (1,)
+    zeros = ops.multiply(routing.weights, 0.0)  # (tokens, k)
+    selected = ops.spread(ops.add(zeros, 1.0), routing.experts, spec.experts)
     # The token's place in each expert's queue, in token order; -1 where the expert was not chosen.
     place = ops.subtract(ops.multiply(ops.cumulative_sum(selected, axis=0), selected), 1.0)  # (tokens, experts)
-    over = ops.subtract(ops.max(ops.max(place, axis=0), axis=1), float(capacity - 1))
-    seats = ops.one_hot(ops.to_int(place), capacity)  # (tokens, experts, capacity); all 0 for -1 and beyond capacity
-    numbers = ops.reshape(ops.row_numbers(selected), (-1, 1, 1))
-    token_of_seat = ops.reshape(ops.sum(ops.multiply(seats, numbers), axis=0), (spec.experts * capacity,))
-    gathered = ops.take_rows(x, ops.to_int(token_of_seat))  # an empty seat computes token 0, which nobody reads
-    gathered = ops.reshape(gathered, (spec.experts, capacity, spec.hidden_size))
+    busiest = ops.add(ops.max(ops.max(place, axis=0), axis=1), 1.0)
+    last = ops.subtract(capacity, 1.0)
+    seat = ops.minimum(ops.take_along_last(place, routing.experts), last)  # who has none shares the last one: see above
+    flat = ops.add(ops.multiply(ops.to_float(routing.experts), capacity), seat)
+    flat = ops.to_int(ops.reshape(flat, (-1,)))
+    numbers = ops.add(ops.reshape(ops.row_numbers(selected), (-1, 1)), zeros)
+    every_seat = ops.add(ops.reshape(ops.zeros(spec.experts), (-1, 1)), ops.multiply(seats, 0.0))  # (experts, C)
+    # An empty seat computes token 0, which nobody reads.
+    token_of_seat = ops.scatter(ops.reshape(every_seat, (-1,)), flat, ops.reshape(numbers, (-1,)))
+    gathered = ops.take_rows(x, ops.to_int(token_of_seat))
+    gathered = ops.reshape(gathered, (spec.experts, -1, spec.hidden_size))
     out = ops.experts_batched(ops.gated_gelu(ops.experts_batched(gathered, gate_up)), down)
-    seat = ops.minimum(ops.take_along_last(place, routing.experts), float(capacity - 1))
-    flat = ops.add(ops.multiply(ops.to_float(routing.experts), float(capacity)), seat)
-    rows = ops.take_rows(ops.reshape(out, (-1, spec.hidden_size)), ops.to_int(ops.reshape(flat, (-1,))))
+    rows = ops.take_rows(ops.reshape(out, (-1, spec.hidden_size)), flat)
     rows = ops.reshape(rows, (-1, spec.experts_per_token, spec.hidden_size))
     weights = ops.reshape(ops.cast(routing.weights, "model"), (0, spec.experts_per_token, 1))
-    return ops.reshape(ops.sum(ops.multiply(rows, weights), axis=1), (-1, spec.hidden_size)), over
+    return ops.reshape(ops.sum(ops.multiply(rows, weights), axis=1), (-1, spec.hidden_size)), busiest

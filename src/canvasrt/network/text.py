@@ -10,7 +10,7 @@ from typing import Generic, Literal
 
 from canvasrt.network.attention import Rotary
 from canvasrt.network.layer import context_tail, transformer_layer
-from canvasrt.network.moe import MoeChoice
+from canvasrt.network.moe import Moe
 from canvasrt.network.names import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, decoder_layer, encoder_scalar
 from canvasrt.network.norm import norm
 from canvasrt.network.sampler import Filters, Prediction, predict
@@ -30,6 +30,7 @@ class Canvas(Generic[T]):
     uniforms: T  # (head rows, 1) float32 in [0, 1)
     filters: Filters[T] | None
     head_rows: T | None  # (head rows,) indices into rows * tokens; None: all of them
+    logit_rows: T | None = None  # (n,) indices into the head rows whose logits are wanted; None: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,13 @@ class TextInputs(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class TextOutputs(Generic[T]):
     prediction: Prediction[T] | None  # None when the phase is "encoder": all it leaves is K and V
-    over_capacity: T | None  # (1, 1) float32, > 0: repeat the call in another formulation
+    busiest: T | None  # (1, 1) float32, "capacity" only: more than its seats: repeat the call with more
 
 
-def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase, moe: MoeChoice) -> TextOutputs[T]:
+def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase, moe: Moe[T]) -> TextOutputs[T]:
     """Runs or describes one call, depending on the lowering."""
     x = _embed(ops, spec, inputs, phase)
-    over: T | None = None
+    busiest: T | None = None
     for layer in spec.layers:
         rotary = inputs.rotary[layer.kind]
         if phase == "encoder" and layer is spec.layers[-1]:
@@ -62,15 +63,16 @@ def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Pha
         scalar = _scalar(ops, layer.index, inputs, phase)
         x, more = transformer_layer(ops, spec, layer, x, rotary, inputs.masks[layer.kind], inputs.cache, scalar, moe)
         if more is not None:
-            over = more if over is None else ops.maximum(over, more)
+            busiest = more if busiest is None else ops.maximum(busiest, more)
     if inputs.canvas is None:
-        return TextOutputs(None, over)
+        return TextOutputs(None, busiest)
     rows = ops.reshape(x, (-1, spec.hidden_size))
     if inputs.canvas.head_rows is not None:
         rows = ops.take_rows(rows, inputs.canvas.head_rows)
     hidden = norm(ops, spec, rows, FINAL_NORM)
     canvas = inputs.canvas
-    return TextOutputs(predict(ops, spec, hidden, canvas.temperature, canvas.uniforms, canvas.filters), over)
+    prediction = predict(ops, spec, hidden, canvas.temperature, canvas.uniforms, canvas.filters, canvas.logit_rows)
+    return TextOutputs(prediction, busiest)
 
 
 def _embed(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase) -> T:

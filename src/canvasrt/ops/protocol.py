@@ -146,6 +146,14 @@ class Ops(Protocol[T]):
         """0, 1, 2, ... for the rows of x (rows, ...): (rows,) in float32."""
         ...
 
+    def zeros(self, count: int) -> T:
+        """(count,) in float32."""
+        ...
+
+    def scatter(self, base: T, indices: T, values: T) -> T:
+        """base (n,) with values (m,) at the integer indices (m,); any one of several values for the same index."""
+        ...
+
     def take_rows(self, x: T, indices: T) -> T:
         """x (rows, ...) at integer indices (n,): (n, ...); x (rows,) takes indices of any shape and gives that one."""
         ...
@@ -165,8 +173,9 @@ class Ops(Protocol[T]):
         ...
 
     def split(self, x: T, sizes: Sequence[int], axis: int) -> tuple[T, ...]: ...
-    def pad_last(self, x: T, count: int) -> T:
-        """Zeros behind the last axis."""
+    def concat(self, parts: Sequence[T], axis: int) -> T: ...
+    def split_rows(self, x: T, last: T) -> tuple[T, T]:
+        """The first rows of x (rows, ...) and its last ones, as many as ``last`` (n, ...) has."""
         ...
 
     # Attention.

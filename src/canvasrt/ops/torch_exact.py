@@ -15,8 +15,8 @@ Tensor = torch.Tensor
 
 
 class ExactTorchOps(TorchOps):
-    """Float32 only. The ``dense`` expert formulation weights activations before the second product, where rounding
-    must come first: it raises InputError for quantized experts.
+    """Float32 only. The ``dense`` expert formulation rounds activations after the routing weights, the others before:
+    the results differ within the rounding. It raises InputError for experts whose input scales differ.
     """
 
     def __init__(self, weights: TorchWeights) -> None:
@@ -31,11 +31,19 @@ class ExactTorchOps(TorchOps):
         return self.gated_gelu(self.linear(self._scaled(normed, scale), gate, up))
 
     def experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
-        if self._weights.activations(name)[0].activations != "none":
+        _, input_scale = self._weights.activations(name)
+        if input_scale is not None and input_scale.dim():
             raise InputError(
-                "the dense formulation can't round the activations of quantized experts: use sparse or capacity"
+                f"the experts of {name} have input scales of their own, and the dense formulation rounds once for all "
+                "of them: use sparse or capacity"
             )
-        return super().experts_gated(normed, scale, name)
+        met = self._met(self._scaled(normed, scale), name)
+        return self.gated_gelu(self._product(met, self._weights.planar_experts(name)))
+
+    def experts_summed(self, x: Tensor, name: str) -> Tensor:
+        experts = len(self._weights.fused((name,)))
+        met = self._met(x.view(len(x), experts, -1), name, torch.arange(experts, device=x.device))
+        return self._product(met.flatten(1), self._weights.summed_experts(name))
 
     def experts_batched(self, x: Tensor, name: str) -> Tensor:
         return super().experts_batched(self._met(x, name, torch.arange(len(x), device=x.device).view(-1, 1)), name)

@@ -182,6 +182,12 @@ class TorchOps:
     def row_numbers(self, x: Tensor) -> Tensor:
         return torch.arange(len(x), device=x.device, dtype=torch.float32)
 
+    def zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, device=self._weights.device)
+
+    def scatter(self, base: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        return base.scatter(0, indices, values)
+
     def take_rows(self, x: Tensor, indices: Tensor) -> Tensor:
         return x.take(indices) if x.dim() == 1 else x.index_select(0, indices)
 
@@ -203,8 +209,12 @@ class TorchOps:
             start += size
         return tuple(parts)
 
-    def pad_last(self, x: Tensor, count: int) -> Tensor:
-        return functional.pad(x, (0, count))
+    def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        return torch.cat(list(parts), axis)
+
+    def split_rows(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        first = len(x) - len(last)
+        return x[:first], x[first:]
 
     def rotate(self, x: Tensor, cos: Tensor, signed_sin: Tensor, *norms: tuple[str, int]) -> Tensor:
         half = x.shape[-1] // 2

@@ -4,14 +4,14 @@ Knows nothing of ModelOpt: canvasrt.quantize.modelopt_model turns a recipe into 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from canvasrt.errors import InputError
 from canvasrt.formats import NVFP4_BLOCK, Format
 from canvasrt.inputs import input_folder
+from canvasrt.settings import Settings, load_settings
 from canvasrt.spec import ModelSpec
 
 Part = Literal["experts", "attention", "mlp"]
@@ -31,22 +31,7 @@ def _algorithm(name: str) -> str:
     return name
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Of a key that is written twice, YAML would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"the key {twice} is written twice")
-        return super().construct_mapping(node, deep)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Calibration(_Strict):
+class Calibration(Settings):
     """Prompts that are answered while ModelOpt looks for the largest activations."""
 
     file: str = Field(min_length=1)  # in build/calibration
@@ -55,7 +40,7 @@ class Calibration(_Strict):
     steps: int = Field(ge=1, le=48)  # denoising steps per canvas
 
 
-class Recipe(_Strict):
+class Recipe(Settings):
     """One recipe. ``tensors`` names the parts that are quantized; everything else stays in BF16."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")
@@ -132,24 +117,4 @@ def load_recipe(name: str) -> Recipe:
         file = input_folder("recipes") / f"{name}.yaml"
     elif file.suffix not in (".yaml", ".yml"):
         raise InputError(f"no recipe is called {name!r}: there are {', '.join(recipe_names())}, or give a .yaml file")
-    try:
-        content: Any = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {file} can't be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"recipe {file} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"recipe {file}: " + "; ".join(_problem(detail) for detail in error.errors())) from None
-
-
-def _problem(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"] if part != "[key]")
-    if detail["type"] == "extra_forbidden":
-        known = Calibration.model_fields if where.startswith("calibration.") else Recipe.model_fields
-        return f"unknown key {where}: the keys are {', '.join(known)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return load_settings(file, Recipe, "recipe")

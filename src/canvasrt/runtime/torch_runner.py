@@ -15,7 +15,7 @@ from torch.nn import functional
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, InputError
 from canvasrt.network.attention import Rotary
-from canvasrt.network.moe import MoeChoice
+from canvasrt.network.moe import Moe, MoeChoice
 from canvasrt.network.sampler import Filters, Prediction
 from canvasrt.network.text import Canvas, Phase, TextInputs, text_network
 from canvasrt.ops.torch_exact import ExactTorchOps
@@ -166,6 +166,12 @@ class TorchRunner:
         check_denoise(self._limits, self._lengths(), rows)
         if not rows:
             return []
+        # The sampler looks for limits in the last rows only.
+        order = sorted(range(len(rows)), key=lambda index: self._is_limited(rows[index]))
+        results = self._denoise([rows[index] for index in order])
+        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+    def _denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
         size = self._limits.canvas
         slots = [row.slot for row in rows]
         if len(rows) > 1:
@@ -200,10 +206,12 @@ class TorchRunner:
             first = tokens.shape[1] - self._limits.canvas
             is_canvas = (torch.arange(tokens.shape[1], device=self._device) >= first).view(1, -1, 1)
         inputs = TextInputs(tokens, self._rotary_of(call), call.masks, call, canvas, is_canvas)
-        outputs = text_network(self._ops, self._spec, inputs, phase, self._moe or self._formulation(tokens.numel()))
-        if outputs.over_capacity is not None and outputs.over_capacity.item() > 0:
+        chosen = self._moe or self._formulation(tokens.numel())
+        seats = torch.arange(chosen.capacity, device=self._device).float() if chosen.capacity else None
+        outputs = text_network(self._ops, self._spec, inputs, phase, Moe(chosen.formulation, seats))
+        if outputs.busiest is not None and outputs.busiest.item() > chosen.capacity:
             # Repeating is safe: the call writes the same places again.
-            outputs = text_network(self._ops, self._spec, inputs, phase, MoeChoice("sparse"))
+            outputs = text_network(self._ops, self._spec, inputs, phase, Moe("sparse"))
         return outputs.prediction
 
     def _formulation(self, tokens: int) -> MoeChoice:
@@ -244,14 +252,18 @@ class TorchRunner:
         kept = [self._no_signal if row.first else self._soft[row.slot] for row in rows]
         return kept[0] if len(kept) == 1 else torch.cat(kept)
 
+    def _is_limited(self, row: DenoiseRow) -> bool:
+        return row.top_k not in (0, self._limits.vocabulary) or row.top_p < 1
+
     def _filters(self, rows: Sequence[DenoiseRow]) -> Filters[Tensor] | None:
-        vocabulary = self._limits.vocabulary
-        if all(row.top_k in (0, vocabulary) and row.top_p == 1 for row in rows):
+        limited = [row for row in rows if self._is_limited(row)]
+        if not limited:
             return None
-        top_k = [float(min(row.top_k or vocabulary, vocabulary)) for row in rows]
+        vocabulary = self._limits.vocabulary
+        top_k = [float(min(row.top_k or vocabulary, vocabulary)) for row in limited]
         # 2: rounded sums of probabilities can reach 1 before the last token, and a row without a limit must lose none
-        top_p = [row.top_p if row.top_p < 1 else 2.0 for row in rows]
-        return Filters(self._per_token(rows, top_k), self._per_token(rows, top_p))
+        top_p = [row.top_p if row.top_p < 1 else 2.0 for row in limited]
+        return Filters(self._per_token(limited, top_k), self._per_token(limited, top_p))
 
     def _load_all_weights(self) -> None:
         """Runs one token and one canvas: a damaged tensor must stop the start, not a request."""

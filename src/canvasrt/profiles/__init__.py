@@ -1,0 +1,1 @@
+"""What is known of each GPU, and what follows from it: one YAML file per GPU in this folder."""

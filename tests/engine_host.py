@@ -1,0 +1,227 @@
+"""Runs an engine's network definition on the CPU: the interpreter computes, and this does what a runtime would do.
+
+An EngineRunner, so that whatever holds for a runner can be asked of the network that is handed to the compiler. Every
+call must fit one of the shape ranges that the engine is built for.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorrt_rtx as trt
+import torch
+
+from canvasrt.compile.engine import NEXT, ROWS, MoeShapes, describe, ranges
+from canvasrt.compile.shapes import engine_shapes
+from canvasrt.compile.source import ModelSource
+from canvasrt.engine_weights import made
+from canvasrt.network.names import EMBEDDING
+from canvasrt.ops.tensorrt_graph import EnginePrecision, Graph
+from canvasrt.ops.tensorrt_weights import EngineWeights
+from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
+from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
+from trt_interpreter import Interpreter
+
+Inputs = dict[str, torch.Tensor]
+
+
+class QuietLogger(trt.ILogger):
+    """Keeps what the compiler says; a machine without a GPU makes it complain about each refused call."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.lines: list[str] = []
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        if severity <= trt.ILogger.WARNING:
+            self.lines.append(msg)
+
+
+class HostEngine:
+    """``slots`` requests of ``context`` tokens; K/V of a row is copied into the call and back, where a GPU would bind it."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        precision: EnginePrecision = "fp32",
+        moe: MoeShapes | None = None,
+        slots: int = 3,
+        context: int = 128,
+        chunk: int = 16,
+    ) -> None:
+        spec = self.spec = source.spec
+        self.shapes = engine_shapes(spec, slots, context, chunk, slots)
+        self.moe = moe or MoeShapes("dense")
+        self.logger = QuietLogger()
+        builder = trt.Builder(self.logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        graph = Graph(trt, network, precision)
+        weights = EngineWeights(graph, spec, source.formats, source.checkpoint, fill=True)
+        (embedding,) = describe(graph, weights, spec, self.shapes, self.moe)
+        self.ranges = ranges(spec, self.shapes, self.moe)
+        self.interpreter = Interpreter(network)
+        self.network, self._alive = network, (builder, graph)
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        rows = torch.from_numpy(made(source.weights(), embedding).copy()).view(self._dtype)
+        self._embedding = rows.view(spec.vocab_size, spec.hidden_size)
+        self._buffers = {}
+        for layer in spec.layers:
+            length = context if layer.kind == "full" else self.shapes.sliding
+            for name in ("k", "v"):
+                shape = (slots, layer.kv_heads, length, layer.head_dim)
+                self._buffers[f"{name}.{layer.index}"] = torch.full(shape, 7.0, dtype=self._dtype)
+        self._length = [0] * slots
+        self._start = [0] * slots  # position of the first token in the sliding buffers
+        self._soft = torch.zeros(slots, spec.canvas_length, spec.hidden_size, dtype=self._dtype)
+        self.calls = 0
+        self.busiest = 0
+
+    @property
+    def limits(self) -> RunnerLimits:
+        shapes = self.shapes
+        return RunnerLimits(shapes.slots, shapes.context, shapes.chunk, shapes.canvas, self.spec.vocab_size)
+
+    def length(self, slot: int) -> int:
+        check_slot(self.limits, slot)
+        return self._length[slot]
+
+    def release(self, slot: int) -> None:
+        check_slot(self.limits, slot)
+        self._length[slot] = self._start[slot] = 0
+        self._soft[slot] = torch.nan  # whoever reads it without having written it will show
+
+    def encode(self, rows: Sequence[EncodeRow]) -> None:
+        check_encode(self.limits, self._length, rows)
+        for row in rows:
+            if row.position < self._length[row.slot]:
+                window_start = max(0, row.position - self.shapes.window)
+                assert row.position == 0 or window_start >= self._start[row.slot], "the window was dropped"
+                self._length[row.slot] = row.position
+                self._start[row.slot] = min(self._start[row.slot], row.position)
+            for first in range(0, len(row.tokens), self.shapes.chunk):
+                piece = row.tokens[first : first + self.shapes.chunk]
+                self._call("encoder", [row.slot], piece[None], None)
+                self._length[row.slot] += len(piece)
+
+    def commit(self, rows: Sequence[EncodeRow], beside: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+        """Finished canvases encoded in the same call of the decoder's range in which others are denoised."""
+        results = self._denoise(list(beside), list(rows))
+        for row in rows:
+            self._length[row.slot] += len(row.tokens)
+        return results
+
+    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+        check_denoise(self.limits, self._length, rows)
+        return self._denoise(list(rows), []) if rows else []
+
+    def _denoise(self, rows: list[DenoiseRow], commits: list[EncodeRow]) -> list[DenoiseResult]:
+        vocabulary = self.spec.vocab_size
+        limited = [row.top_k not in (0, vocabulary) or row.top_p < 1 for row in rows]
+        order = sorted(range(len(rows)), key=lambda index: limited[index])
+        sorted_rows = [rows[index] for index in order]
+        slots = [row.slot for row in sorted_rows] + [row.slot for row in commits]
+        tokens = np.stack([row.canvas for row in sorted_rows] + [row.tokens for row in commits])
+        out = self._call("decoder", slots, tokens, sorted_rows)
+        size = self.shapes.canvas
+        results: list[DenoiseResult | None] = [None] * len(rows)
+        asked = 0
+        for place, index in enumerate(order):
+            part = slice(place * size, (place + 1) * size)
+            logits = None
+            if rows[index].want_logits:
+                logits = out["logits"][asked * size : (asked + 1) * size].numpy()
+                asked += 1
+            self._soft[rows[index].slot] = out["soft.next"][part]
+            values = (out[name][part].numpy() for name in ("argmax", "sampled", "entropy"))
+            results[index] = DenoiseResult(*values, logits)
+        return [result for result in results if result is not None]
+
+    def _call(self, name: str, slots: list[int], tokens: np.ndarray, rows: list[DenoiseRow] | None) -> Inputs:
+        count = tokens.shape[1]
+        for slot in slots:
+            self._make_room(slot, count)
+        inputs = {**self._places(slots, count, rows), **self._head(len(slots), rows)}
+        inputs["tokens"] = torch.from_numpy(tokens.astype(np.int32))
+        inputs |= {each: buffer[slots] for each, buffer in self._buffers.items()}
+        seats = tokens.size if self.moe.formulation == "capacity" and self.busiest == 0 else max(self.busiest, 1)
+        while True:
+            if self.moe.formulation == "capacity":
+                capacity = self.moe.decoder_capacity if name == "decoder" else self.moe.encoder_capacity
+                inputs["seats"] = torch.arange(min(capacity, tokens.size) if seats is not None else tokens.size).float()
+            self._check_ranges(name, inputs)
+            self.calls += 1
+            outputs = self.interpreter.run(inputs)
+            if "busiest" not in outputs or outputs["busiest"].item() <= len(inputs["seats"]):
+                break
+            self.busiest = int(outputs["busiest"].item())
+            seats = None  # room for all: no expert can get more tokens than there are
+        for each, buffer in self._buffers.items():
+            buffer[slots] = outputs[each + NEXT]
+        return outputs
+
+    def _places(self, slots: list[int], count: int, rows: list[DenoiseRow] | None) -> Inputs:
+        """Positions as rotary factors, what each token sees, and where its K and V go."""
+        held = torch.tensor([self._length[slot] for slot in slots])[:, None]
+        start = torch.tensor([self._start[slot] for slot in slots])[:, None]
+        position = held + torch.arange(count)
+        denoising = torch.tensor([index < len(rows or []) for index in range(len(slots))])[:, None]
+        inputs = {
+            "is_canvas": denoising.expand(-1, count).unsqueeze(-1).clone(),
+            "soft": torch.zeros(len(slots), count, self.spec.hidden_size, dtype=self._dtype),
+            "keys": torch.arange(int(held.max()) + count).int(),
+        }
+        for index, row in enumerate(rows or []):
+            if not row.first:
+                inputs["soft"][index] = self._soft[row.slot]
+        # A canvas token sees the whole canvas, and of what is before it what the canvas's first token sees.
+        query = torch.where(denoising, held, position)
+        for kind, layer in {layer.kind: layer for layer in self.spec.layers}.items():
+            origin = start if kind == "sliding" else torch.zeros_like(start)
+            first = (query - self.shapes.window).clamp(min=0) if kind == "sliding" else torch.zeros_like(query)
+            end = torch.where(denoising, held + count, position + 1)
+            inputs[f"first.{kind}"], inputs[f"end.{kind}"] = (first - origin).int(), (end - origin).int()
+            inputs[f"write.{kind}"] = (held - origin).flatten().int()
+            exponents = torch.arange(0, 2 * layer.rotary_pairs, 2, dtype=torch.float) / layer.head_dim
+            turned = 1.0 / layer.rope_theta**exponents / layer.rope_factor
+            still = torch.zeros(layer.head_dim // 2 - layer.rotary_pairs)
+            angles = position.float()[..., None] * torch.cat([turned, still])
+            inputs[f"cos.{kind}"], inputs[f"sin.{kind}"] = angles.cos(), angles.sin()
+        return inputs
+
+    def _head(self, batch: int, rows: list[DenoiseRow] | None) -> Inputs:
+        size, vocabulary = self.shapes.canvas, self.spec.vocab_size
+        rows = rows or []
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32).repeat_interleave(size).view(-1, 1)
+
+        limited = [row for row in rows if row.top_k not in (0, vocabulary) or row.top_p < 1]
+        wanted = [torch.arange(place * size, (place + 1) * size) for place, row in enumerate(rows) if row.want_logits]
+        uniforms = np.concatenate([row.uniforms for row in rows]) if rows else np.zeros(0, np.float32)
+        return {
+            "head_rows": torch.arange(len(rows) * size).int(),
+            "temperature": column([row.temperature for row in rows]),
+            "uniforms": torch.from_numpy(uniforms).view(-1, 1),
+            "top_k": column([float(min(row.top_k or vocabulary, vocabulary)) for row in limited]),
+            "top_p": column([row.top_p if row.top_p < 1 else 2.0 for row in limited]),
+            "logit_rows": torch.cat(wanted).int() if wanted else torch.zeros(0, dtype=torch.int32),
+            EMBEDDING: self._embedding,
+            EMBEDDING + ROWS: self._embedding,
+        }
+
+    def _make_room(self, slot: int, count: int) -> None:
+        held = self._length[slot] - self._start[slot]
+        if held + count <= self.shapes.sliding:
+            return
+        keep = min(held, self.shapes.window)
+        for layer in self.spec.layers:
+            if layer.kind == "sliding":
+                for name in ("k", "v"):
+                    buffer = self._buffers[f"{name}.{layer.index}"][slot]
+                    buffer[:, :keep] = buffer[:, held - keep : held].clone()
+        self._start[slot] = self._length[slot] - keep
+
+    def _check_ranges(self, name: str, inputs: Inputs) -> None:
+        for each, (low, _, high) in self.ranges[name].items():
+            shape = tuple(inputs[each].shape)
+            fits = all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+            assert fits, f"{each} {shape} is outside the {name} range {low} to {high}"
