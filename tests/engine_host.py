@@ -1,9 +1,11 @@
 """Runs an engine's network definition on the CPU: the interpreter computes, and this does what a runtime would do.
 
 An EngineRunner, so that whatever holds for a runner can be asked of the network that is handed to the compiler. Every
-call must fit one of the shape ranges that the engine is built for.
+call must fit one of the shape ranges that the engine is built for. What nobody may read is poisoned: K/V memory that
+was never written holds 7, the soft embeddings of a slot without a canvas NaN.
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +23,8 @@ from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, Runn
 from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
 from trt_interpreter import Interpreter
 
-Inputs = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+POISON = 7.0
 
 
 class QuietLogger(trt.ILogger):
@@ -37,7 +40,11 @@ class QuietLogger(trt.ILogger):
 
 
 class HostEngine:
-    """``slots`` requests of ``context`` tokens; K/V of a row is copied into the call and back, where a GPU would bind it."""
+    """``slots`` requests of ``context`` tokens; the K/V of a row is copied into a call and back, where a GPU binds it.
+
+    ``calls`` counts runs of the network, ``overflows`` those repeated with more seats, and ``last`` keeps what the last
+    one was given and gave.
+    """
 
     def __init__(
         self,
@@ -63,17 +70,28 @@ class HostEngine:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         rows = torch.from_numpy(made(source.weights(), embedding).copy()).view(self._dtype)
         self._embedding = rows.view(spec.vocab_size, spec.hidden_size)
+        self._forget()
+
+    def _forget(self) -> None:
+        spec, slots = self.spec, self.shapes.slots
         self._buffers = {}
         for layer in spec.layers:
-            length = context if layer.kind == "full" else self.shapes.sliding
+            length = self.shapes.context if layer.kind == "full" else self.shapes.sliding
             for name in ("k", "v"):
                 shape = (slots, layer.kv_heads, length, layer.head_dim)
-                self._buffers[f"{name}.{layer.index}"] = torch.full(shape, 7.0, dtype=self._dtype)
+                self._buffers[f"{name}.{layer.index}"] = torch.full(shape, POISON, dtype=self._dtype)
         self._length = [0] * slots
         self._start = [0] * slots  # position of the first token in the sliding buffers
-        self._soft = torch.zeros(slots, spec.canvas_length, spec.hidden_size, dtype=self._dtype)
-        self.calls = 0
-        self.busiest = 0
+        self._soft = torch.full((slots, spec.canvas_length, spec.hidden_size), torch.nan, dtype=self._dtype)
+        self._has_soft = [False] * slots
+        self.calls = self.overflows = 0
+        self.last: tuple[Tensors, Tensors] = ({}, {})
+
+    def fresh(self) -> "HostEngine":
+        """Another runner over the same network, with memory of its own."""
+        other = copy.copy(self)
+        other._forget()
+        return other
 
     @property
     def limits(self) -> RunnerLimits:
@@ -84,10 +102,17 @@ class HostEngine:
         check_slot(self.limits, slot)
         return self._length[slot]
 
+    def stored(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each."""
+        first = self._start[slot] if self.spec.layers[layer].kind == "sliding" else 0
+        held = self._length[slot] - first
+        keys, values = (self._buffers[f"{name}.{layer}"][slot, :, :held].transpose(0, 1) for name in ("k", "v"))
+        return keys, values
+
     def release(self, slot: int) -> None:
         check_slot(self.limits, slot)
         self._length[slot] = self._start[slot] = 0
-        self._soft[slot] = torch.nan  # whoever reads it without having written it will show
+        self._soft[slot], self._has_soft[slot] = torch.nan, False
 
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         check_encode(self.limits, self._length, rows)
@@ -99,11 +124,14 @@ class HostEngine:
                 self._start[row.slot] = min(self._start[row.slot], row.position)
             for first in range(0, len(row.tokens), self.shapes.chunk):
                 piece = row.tokens[first : first + self.shapes.chunk]
-                self._call("encoder", [row.slot], piece[None], None)
+                self._call("encoder", [row.slot], piece[None], [])
                 self._length[row.slot] += len(piece)
 
     def commit(self, rows: Sequence[EncodeRow], beside: Sequence[DenoiseRow]) -> list[DenoiseResult]:
         """Finished canvases encoded in the same call of the decoder's range in which others are denoised."""
+        check_encode(self.limits, self._length, rows)
+        check_denoise(self.limits, self._length, beside)
+        assert all(row.position == self._length[row.slot] for row in rows)
         results = self._denoise(list(beside), list(rows))
         for row in rows:
             self._length[row.slot] += len(row.tokens)
@@ -114,15 +142,13 @@ class HostEngine:
         return self._denoise(list(rows), []) if rows else []
 
     def _denoise(self, rows: list[DenoiseRow], commits: list[EncodeRow]) -> list[DenoiseResult]:
-        vocabulary = self.spec.vocab_size
-        limited = [row.top_k not in (0, vocabulary) or row.top_p < 1 for row in rows]
-        order = sorted(range(len(rows)), key=lambda index: limited[index])
+        order = sorted(range(len(rows)), key=lambda index: self._is_limited(rows[index]))  # the limited ones last
         sorted_rows = [rows[index] for index in order]
         slots = [row.slot for row in sorted_rows] + [row.slot for row in commits]
         tokens = np.stack([row.canvas for row in sorted_rows] + [row.tokens for row in commits])
         out = self._call("decoder", slots, tokens, sorted_rows)
         size = self.shapes.canvas
-        results: list[DenoiseResult | None] = [None] * len(rows)
+        results: dict[int, DenoiseResult] = {}
         asked = 0
         for place, index in enumerate(order):
             part = slice(place * size, (place + 1) * size)
@@ -130,47 +156,52 @@ class HostEngine:
             if rows[index].want_logits:
                 logits = out["logits"][asked * size : (asked + 1) * size].numpy()
                 asked += 1
-            self._soft[rows[index].slot] = out["soft.next"][part]
+            self._soft[rows[index].slot], self._has_soft[rows[index].slot] = out["soft.next"][part], True
             values = (out[name][part].numpy() for name in ("argmax", "sampled", "entropy"))
             results[index] = DenoiseResult(*values, logits)
-        return [result for result in results if result is not None]
+        return [results[index] for index in range(len(rows))]
 
-    def _call(self, name: str, slots: list[int], tokens: np.ndarray, rows: list[DenoiseRow] | None) -> Inputs:
+    def _call(self, name: str, slots: list[int], tokens: np.ndarray, rows: list[DenoiseRow]) -> Tensors:
         count = tokens.shape[1]
         for slot in slots:
             self._make_room(slot, count)
-        inputs = {**self._places(slots, count, rows), **self._head(len(slots), rows)}
+        inputs = {**self._places(slots, count, rows), **self._head(rows)}
         inputs["tokens"] = torch.from_numpy(tokens.astype(np.int32))
         inputs |= {each: buffer[slots] for each, buffer in self._buffers.items()}
-        seats = tokens.size if self.moe.formulation == "capacity" and self.busiest == 0 else max(self.busiest, 1)
-        while True:
-            if self.moe.formulation == "capacity":
-                capacity = self.moe.decoder_capacity if name == "decoder" else self.moe.encoder_capacity
-                inputs["seats"] = torch.arange(min(capacity, tokens.size) if seats is not None else tokens.size).float()
-            self._check_ranges(name, inputs)
-            self.calls += 1
-            outputs = self.interpreter.run(inputs)
-            if "busiest" not in outputs or outputs["busiest"].item() <= len(inputs["seats"]):
-                break
-            self.busiest = int(outputs["busiest"].item())
-            seats = None  # room for all: no expert can get more tokens than there are
+        if self.moe.formulation == "capacity":
+            capacity = self.moe.decoder_capacity if name == "decoder" else self.moe.encoder_capacity
+            inputs["seats"] = torch.arange(min(capacity, tokens.size)).float()
+        outputs = self._run(name, inputs)
+        # Without seats for all, later layers ran on wrong numbers, and may want more seats still with the right ones.
+        while "busiest" in outputs and (busiest := int(outputs["busiest"].item())) > len(inputs["seats"]):
+            self.overflows += 1
+            inputs["seats"] = torch.arange(busiest).float()
+            inputs |= {each: outputs[each + NEXT] for each in self._buffers}  # an engine has written it in place
+            outputs = self._run(name, inputs)
         for each, buffer in self._buffers.items():
             buffer[slots] = outputs[each + NEXT]
         return outputs
 
-    def _places(self, slots: list[int], count: int, rows: list[DenoiseRow] | None) -> Inputs:
+    def _run(self, name: str, inputs: Tensors) -> Tensors:
+        self._check_ranges(name, inputs)
+        self.calls += 1
+        outputs = self.interpreter.run(inputs)
+        self.last = (dict(inputs), outputs)
+        return outputs
+
+    def _places(self, slots: list[int], count: int, rows: list[DenoiseRow]) -> Tensors:
         """Positions as rotary factors, what each token sees, and where its K and V go."""
         held = torch.tensor([self._length[slot] for slot in slots])[:, None]
         start = torch.tensor([self._start[slot] for slot in slots])[:, None]
         position = held + torch.arange(count)
-        denoising = torch.tensor([index < len(rows or []) for index in range(len(slots))])[:, None]
+        denoising = torch.tensor([index < len(rows) for index in range(len(slots))])[:, None]
         inputs = {
             "is_canvas": denoising.expand(-1, count).unsqueeze(-1).clone(),
             "soft": torch.zeros(len(slots), count, self.spec.hidden_size, dtype=self._dtype),
             "keys": torch.arange(int(held.max()) + count).int(),
         }
-        for index, row in enumerate(rows or []):
-            if not row.first:
+        for index, row in enumerate(rows):
+            if not row.first and self._has_soft[row.slot]:
                 inputs["soft"][index] = self._soft[row.slot]
         # A canvas token sees the whole canvas, and of what is before it what the canvas's first token sees.
         query = torch.where(denoising, held, position)
@@ -187,14 +218,13 @@ class HostEngine:
             inputs[f"cos.{kind}"], inputs[f"sin.{kind}"] = angles.cos(), angles.sin()
         return inputs
 
-    def _head(self, batch: int, rows: list[DenoiseRow] | None) -> Inputs:
+    def _head(self, rows: list[DenoiseRow]) -> Tensors:
         size, vocabulary = self.shapes.canvas, self.spec.vocab_size
-        rows = rows or []
 
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32).repeat_interleave(size).view(-1, 1)
 
-        limited = [row for row in rows if row.top_k not in (0, vocabulary) or row.top_p < 1]
+        limited = [row for row in rows if self._is_limited(row)]
         wanted = [torch.arange(place * size, (place + 1) * size) for place, row in enumerate(rows) if row.want_logits]
         uniforms = np.concatenate([row.uniforms for row in rows]) if rows else np.zeros(0, np.float32)
         return {
@@ -208,6 +238,9 @@ class HostEngine:
             EMBEDDING + ROWS: self._embedding,
         }
 
+    def _is_limited(self, row: DenoiseRow) -> bool:
+        return row.top_k not in (0, self.spec.vocab_size) or row.top_p < 1
+
     def _make_room(self, slot: int, count: int) -> None:
         held = self._length[slot] - self._start[slot]
         if held + count <= self.shapes.sliding:
@@ -220,8 +253,11 @@ class HostEngine:
                     buffer[:, :keep] = buffer[:, held - keep : held].clone()
         self._start[slot] = self._length[slot] - keep
 
-    def _check_ranges(self, name: str, inputs: Inputs) -> None:
-        for each, (low, _, high) in self.ranges[name].items():
-            shape = tuple(inputs[each].shape)
+    def _check_ranges(self, name: str, inputs: Tensors) -> None:
+        """Raises AssertionError for an input outside the engine's shape range, or one that varies and has none."""
+        spans = self.ranges[name]
+        for each, tensor in inputs.items():
+            shape = tuple(tensor.shape)
+            low, _, high = spans[each]
             fits = all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
             assert fits, f"{each} {shape} is outside the {name} range {low} to {high}"

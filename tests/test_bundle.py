@@ -231,6 +231,9 @@ def test_a_name_that_could_lead_out_of_the_folder_is_refused(bundle: Path, name:
         assert "is not a plain file name and could lead out of the folder: do not trust this bundle" in refusal(bundle)
 
 
+GIVEN = {"name": "tokens", "dtype": "bf16", "shape": [3], "nbytes": 6, "transform": "copy", "file": "build.log"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -253,8 +256,13 @@ def test_a_name_that_could_lead_out_of_the_folder_is_refused(bundle: Path, name:
         (lambda m: m["engines"]["text"]["shape_ranges"]["encoder"]["tokens"].update(min=[9, 1]), "not in that order"),
         (lambda m: m["engines"]["text"]["shape_ranges"]["encoder"]["tokens"].update(min=[1]), "numbers of dimensions"),
         (lambda m: m["engines"]["text"]["tensors"].append(m["engines"]["text"]["tensors"][0]), "have the same name"),
-        (lambda m: m["engines"]["text"]["tensors"][-1].update(aliases="no"), "entropy aliases no: only an output can"),
-        (lambda m: m["engines"]["text"]["tensors"][0].update(aliases="key_input_0"), "only an output can alias"),
+        (lambda m: m["engines"]["text"]["tensors"][-1].update(aliases="no"), "aliases no, which is no other"),
+        (lambda m: m["engines"]["text"]["tensors"][0].update(aliases="tokens"), "aliases tokens, which is no"),
+        (lambda m: m["engines"]["text"]["tensors"][0].update(aliases="entropy"), "aliases entropy, which is no other"),
+        (lambda m: m["engines"]["text"].update(given=[GIVEN | {"name": "entropy"}]), "has none of that name"),
+        (lambda m: m["engines"]["text"].update(given=[GIVEN | {"file": "no"}]), "tokens wants 6 bytes of no"),
+        (lambda m: m["engines"]["text"].update(given=[GIVEN | {"nbytes": 5}]), "tokens wants 5 bytes of build.log"),
+        (lambda m: m["engines"]["text"].update(given=[GIVEN | {"file": "../x"}]), "is not a plain file name"),
         (lambda m: m["engines"]["text"]["build"]["reserved"][0].update(shape_range="x"), "which is no shape range"),
         (lambda m: m["engines"]["text"]["build"].update(seconds=-1), "engines.text.build.seconds: "),
         (lambda m: m["reasons"].extend([{"what": "", "value": "", "reason": ""}] * 5), " + 5 more"),
@@ -290,11 +298,34 @@ def test_a_stripped_bundle_says_what_fills_it_and_it_adds_up(
     if said is None:
         bundles.write(tmp_path / "out", source, weights="stripped", engines=engines)
         (found,) = EngineBundle.open(tmp_path / "out").manifest.engines["text"].weight_map
-        assert found.model_dump(mode="json") == entry | {"columns": 0}
+        assert found.model_dump(mode="json") == entry | {"columns": 0, "file": None}
     else:
         with pytest.raises(ValueError, match=said):
             bundles.write(tmp_path / "out", source, weights="stripped", engines=engines)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_an_input_lies_in_the_bundle_or_in_the_checkpoint(tmp_path: Path, source: Path) -> None:
+    rows = {"name": "rows", "mode": "input", "dtype": "int32", "shape": [3], "aliases": "tokens"}
+    tensors = [*bundles.tensors(1), rows]
+    bundles.write(tmp_path / "own", source, engines={"text": bundles.engine(tensors=tensors, given=[GIVEN])})
+    own = EngineBundle.open(tmp_path / "own")
+    (weight,) = own.manifest.engines["text"].given
+    assert own.map(str(weight.file)) == b"built\n"
+    assert not own.manifest.needs_checkpoint
+    other = bundles.weight_map(source)[0] | {"name": "tokens"}
+    bundles.write(tmp_path / "other", source, engines={"text": bundles.engine(tensors=tensors, given=[GIVEN, other])})
+    assert EngineBundle.open(tmp_path / "other").manifest.needs_checkpoint
+    with pytest.raises(BundleError, match=r"has no file 'other.bin'"):
+        own.map("other.bin")
+
+
+def test_who_needs_the_checkpoint(tmp_path: Path, source: Path, bundle: Path) -> None:
+    assert not EngineBundle.open(bundle).manifest.needs_checkpoint
+    engines = {"text": bundles.engine(weight_map=bundles.weight_map(source))}
+    for weights, needs in (("stripped", True), ("none", False)):
+        bundles.write(tmp_path / weights, source, weights=weights, engines=engines)
+        assert EngineBundle.open(tmp_path / weights).manifest.needs_checkpoint == needs
 
 
 def test_a_writer_never_makes_what_a_reader_refuses(tmp_path: Path, source: Path) -> None:

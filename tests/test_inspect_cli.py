@@ -107,12 +107,16 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_missing_weights_are_told(tmp_path: Path, source: Path, weights: str, said: str) -> None:
-    engines = {"text": bundles.engine(weight_map=bundles.weight_map(source))}
+    weight = bundles.weight_map(source)[0]
+    given = {"name": "tokens", "dtype": "int32", "shape": [25_000], "nbytes": 100_000, "transform": "copy"}
+    given |= {"file": "text.engine"}
+    engines = {"text": bundles.engine(weight_map=[weight], given=[given, weight | {"name": "tokens"}])}
     moe = {"formulation": "capacity", "encoder_capacity": 256, "decoder_capacity": 32}
     bundles.write(tmp_path / "out", source, weights=weights, engines=engines, moe=moe)
     text = shown(tmp_path / "out")
     assert said in text
     assert "to be filled 1 weights, 0.01 MB" in text
+    assert "bound as inputs 2 weights, 0.11 MB, of which 0.10 MB lie in the bundle" in text
     assert "experts capacity, 256 tokens per expert to encode, 32 to denoise" in text
 
 

@@ -13,9 +13,9 @@ from canvasrt.network.moe import MoeChoice
 from canvasrt.reference.model import ReferenceModel
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
 from canvasrt.runtime.torch_runner import TorchRunner
+from parity import close, walk_and_compare
 from tiny import Dims, write
 
-TOLERANCE = 1e-4  # of the largest reference value
 VARIED = 5e-4  # the same for any dimensions: a canvas of one token and heads of four numbers amplify rounding
 
 
@@ -41,41 +41,6 @@ def dimensions(draw: st.DrawFn) -> Dims:
         canvas=draw(st.integers(1, 20)),
         rotary_share=draw(st.sampled_from([0.25, 0.5, 1.0])),
     )
-
-
-def close(ours: np.ndarray, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    expected = theirs.numpy()
-    return bool(np.abs(ours - expected).max() <= tolerance * np.abs(expected).max())
-
-
-def walk_and_compare(
-    runner: TorchRunner,
-    reference: ReferenceModel,
-    prompt: np.ndarray,
-    rng: np.random.Generator,
-    tolerance: float = TOLERANCE,
-) -> None:
-    """Prefill, three self-conditioned steps, the canvas encoded, a second canvas: logits equal at every step."""
-    spec_canvas, vocab = runner.limits.canvas, runner.limits.vocabulary
-    cache = reference.encode(prompt)
-    runner.encode([EncodeRow(0, prompt, 0)])
-    position = len(prompt)
-    for canvas_index in range(2):
-        previous = None
-        for step in range(3):
-            canvas = rng.integers(0, vocab, spec_canvas).astype(np.int32)
-            temperature = float(rng.uniform(0.4, 0.8))
-            uniforms = rng.random(spec_canvas, dtype=np.float32)
-            row = DenoiseRow(0, canvas, temperature, uniforms, first=step == 0, want_logits=True)
-            result = runner.denoise([row])[0]
-            expected = reference.denoise(cache, canvas, previous)
-            assert close(result.logits, expected, tolerance), f"canvas {canvas_index}, step {step}"
-            scaled = torch.distributions.Categorical(logits=expected / temperature)
-            assert np.allclose(result.entropy, scaled.entropy().numpy(), atol=1e-3)
-            previous = expected / temperature
-        cache = reference.encode(canvas, cache)
-        runner.encode([EncodeRow(0, canvas, position)])
-        position += spec_canvas
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=25)

@@ -158,6 +158,10 @@ def test_kernels_are_named() -> None:
 def test_what_a_stripped_plan_does_when_it_is_filled_is_no_part_of_a_run() -> None:
     text = read_plan_text(fp8(stripped=True))
     assert [graph.kind for graph in text.graphs] == ["run", "refit"] * 2
+    run = next(graph for graph in text.graphs if graph.kind == "run")
+    assert [step.name for step in run.steps if step.kind == "fully_connected"] == [
+        "(Unnamed Layer* 7) [Matrix Multiply]"
+    ]
     (step,) = next(graph for graph in text.graphs if graph.kind == "refit").steps
     assert step.name == "__myl_Tran"
     assert "__myl_Tran" not in text.kernels()
@@ -248,6 +252,18 @@ def test_a_copy_is_told_from_an_activation(width: int, dtype: str, inputs: str, 
     (graph,) = text.graphs
     assert isinstance(graph, Graph)
     assert [tensor.name for tensor in graph.tensors] == ["w", "s", "x.1", "t"]
+
+
+def test_a_copy_of_a_weight_that_is_an_input_shows_when_it_is_called_one() -> None:
+    """The plan adds to its name the shape range and a number."""
+    for name in ("embedding.rows.1", "embedding.rows [profile 1].1"):
+        listing = LISTING.replace('"x.1" offset', f'"{name}" offset').replace('dims={ "n" 8 }', "dims={ 64 4096 }")
+        text = read_plan_text((listing % (4096, 256, "bf16", f'"{name}"')).encode())
+        assert text.weight_copies() == []
+        (copy,) = text.weight_copies(inputs=["embedding", "embedding.rows"])
+        assert (copy.tensor.name, copy.step) == ("t", "__myl_Kernel")
+        assert text.weight_copies(inputs=["embedding"]) == []
+        assert text.weight_copies(inputs=["embedding.rows"], least_bytes=1 << 20) == []
 
 
 def test_a_compiler_that_is_told_of_a_full_disk_says_nothing_and_the_bundle_does(

@@ -19,6 +19,7 @@ EngineType = Literal["bf16", "fp32", "fp8", "fp4", "int4"]
 Bytes = NDArray[np.uint8]
 
 _BITS: dict[EngineType, int] = {"bf16": 16, "fp32": 32, "fp8": 8, "fp4": 4, "int4": 4}
+ALIGNMENT = 16  # bytes
 _FLOAT32_SIGNIFICANT = 16  # bits of a float32 that a BF16 number lacks
 _E4M3_NAN = 0x7F  # without its sign
 
@@ -72,6 +73,11 @@ def made(checkpoint: Checkpoint, weight: EngineWeight) -> Bytes:
         whole[start : start + flat.size] = flat
         start += flat.size
     return whole
+
+
+def aligned(data: Bytes) -> Bytes:
+    """Where a compiler or a copy to a GPU may read it: a tensor of a safetensors file may start anywhere."""
+    return data if data.ctypes.data % ALIGNMENT == 0 else data.copy()
 
 
 def _piece(checkpoint: Checkpoint, weight: EngineWeight, part: Part) -> Bytes:

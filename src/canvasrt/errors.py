@@ -21,5 +21,9 @@ class BundleError(InputError):
     """An engine bundle is missing, damaged, of another format version, or not for this GPU or checkpoint."""
 
 
+class CompileError(CanvasRTError):
+    """NVIDIA's compiler refused a network, or does not run on this machine."""
+
+
 class CapacityError(CanvasRTError):
     """A limit of memory, context or slots was reached; the message names the limit."""

@@ -120,7 +120,7 @@ class EngineTensor(Settings):
     mode: Literal["input", "output"]
     dtype: str = Field(min_length=1)  # "bfloat16"
     shape: tuple[Annotated[int, Field(ge=-1)], ...]  # -1: varies
-    aliases: str | None = None  # of an output: the input whose memory it is, as of K and V caches
+    aliases: str | None = None  # the input whose memory it is: of K and V caches, and of a weight that is two inputs
 
 
 class WeightPart(Settings):
@@ -134,7 +134,7 @@ class WeightPart(Settings):
 
 
 class WeightEntry(Settings):
-    """A placeholder of a stripped engine, and what fills it."""
+    """A placeholder of a stripped engine, or an input that is a weight, and what fills it: ``file``, else ``parts``."""
 
     name: str = Field(min_length=1)  # as the engine knows it
     dtype: str = Field(min_length=1)
@@ -143,6 +143,7 @@ class WeightEntry(Settings):
     transform: str = Field(min_length=1)  # how the parts' bytes become the engine's: "copy", "concat", "bf16", ...
     parts: tuple[WeightPart, ...] = ()  # below each other, or with ``columns`` side by side
     columns: Annotated[int, Field(ge=0)] = 0  # matrices side by side
+    file: BundleFileName | None = None  # of the bundle, which holds the bytes as the engine wants them
 
     @model_validator(mode="after")
     def _adds_up(self) -> "WeightEntry":
@@ -179,7 +180,8 @@ class Engine(Settings):
     shape_ranges: dict[str, dict[str, ShapeRange]] = Field(min_length=1)  # "encoder" -> tensor -> range
     tensors: tuple[EngineTensor, ...] = Field(min_length=1)
     build: BuildFacts
-    weight_map: tuple[WeightEntry, ...] = ()
+    weight_map: tuple[WeightEntry, ...] = ()  # placeholders in the plan
+    given: tuple[WeightEntry, ...] = ()  # inputs that are weights, bound once: never in the plan, stripped or not
 
     @model_validator(mode="after")
     def _tensors_agree(self) -> "Engine":
@@ -187,8 +189,11 @@ class Engine(Settings):
         if len(modes) != len(self.tensors):
             raise ValueError("two tensors have the same name")
         for tensor in self.tensors:
-            if tensor.aliases is not None and (tensor.mode != "output" or modes.get(tensor.aliases) != "input"):
-                raise ValueError(f"{tensor.name} aliases {tensor.aliases}: only an output can alias, and only an input")
+            if tensor.aliases is not None and (tensor.aliases == tensor.name or modes.get(tensor.aliases) != "input"):
+                raise ValueError(f"{tensor.name} aliases {tensor.aliases}, which is no other input")
+        for weight in self.given:
+            if modes.get(weight.name) != "input":
+                raise ValueError(f"{weight.name} is given as an input, and the engine has none of that name")
         for name, ranges in self.shape_ranges.items():
             unknown = [tensor for tensor in ranges if modes.get(tensor) != "input"]
             if unknown:
@@ -237,13 +242,25 @@ class Manifest(Settings):
         named = {f"engines.{name}.file": engine.file for name, engine in self.engines.items()} | {"log": self.log}
         found = [f"{key}: {file} is not among files" for key, file in named.items() if file not in self.files]
         for name, engine in self.engines.items():
-            if engine.file in self.files and self.files[engine.file].nbytes == 0:
+            if self.nbytes(engine.file) == 0:
                 found.append(f"engines.{name}.file: {engine.file} is empty")
             if self.weights == "inside" and engine.weight_map:
                 found.append(f"engines.{name}.weight_map: weights are inside the plan, so there is nothing to fill")
             if self.weights == "stripped" and not engine.weight_map:
                 found.append(f"engines.{name}.weight_map: says nothing of how to fill the stripped weights")
+            for weight in (*engine.weight_map, *engine.given):
+                if weight.file is not None and self.nbytes(weight.file) != weight.nbytes:
+                    found.append(f"engines.{name}: {weight.name} wants {weight.nbytes} bytes of {weight.file}")
         return found
+
+    def nbytes(self, file: str) -> int | None:
+        return self.files[file].nbytes if file in self.files else None
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether the checkpoint must be there when the engines are loaded."""
+        weights = [weight for engine in self.engines.values() for weight in (*engine.weight_map, *engine.given)]
+        return self.weights != "none" and any(weight.file is None for weight in weights)
 
     def to_bytes(self) -> bytes:
         """The file's content, ``self_sha256`` computed."""

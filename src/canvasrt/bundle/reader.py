@@ -65,16 +65,20 @@ class EngineBundle:
         engine = self.manifest.engines.get(name)
         if engine is None:
             raise BundleError(f"{self.path}: has no engine {name!r}: there are {', '.join(self.manifest.engines)}")
-        entry = self.manifest.files[engine.file]
+        return self.map(engine.file)
+
+    def map(self, name: str) -> memoryview:
+        """A file of the bundle, mapped read-only. Raises BundleError for one that is not listed, empty or changed."""
+        path, nbytes = self.file(name), self.manifest.files[name].nbytes
         try:
-            handle = os.open(self.path / engine.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise self._damaged(engine.file, f"can't be read ({error.strerror})") from None
+            raise self._damaged(name, f"can't be read ({error.strerror})") from None
         try:
             # Reading past the end of a mapped file would kill the process.
-            if os.fstat(handle).st_size != entry.nbytes:
-                raise self._damaged(engine.file, "has changed size since it was checked")
-            return memoryview(mmap.mmap(handle, entry.nbytes, access=mmap.ACCESS_READ))
+            if os.fstat(handle).st_size != nbytes or nbytes == 0:
+                raise self._damaged(name, "is empty or has changed size since it was checked")
+            return memoryview(mmap.mmap(handle, nbytes, access=mmap.ACCESS_READ))
         finally:
             os.close(handle)
 

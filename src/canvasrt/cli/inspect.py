@@ -102,9 +102,12 @@ def _build(bundle: EngineBundle, name: str, engine: Engine) -> Iterator[tuple[st
     entry, facts = bundle.manifest.files[engine.file], engine.build
     peak = "" if facts.peak_ram_bytes is None else f", {readable(facts.peak_ram_bytes)} of memory at the peak"
     yield "plan", f"{readable(entry.nbytes)}, built in {facts.seconds:.0f} s{peak}"
-    if engine.weight_map:
-        missing = sum(weight.nbytes for weight in engine.weight_map)
-        yield "to be filled", f"{len(engine.weight_map)} weights, {readable(missing)}"
+    for title, weights in (("to be filled", engine.weight_map), ("bound as inputs", engine.given)):
+        if weights:
+            inside = sum(weight.nbytes for weight in weights if weight.file is not None)
+            kept = f", of which {readable(inside)} lie in the bundle" if inside else ""
+            whole = sum(weight.nbytes for weight in weights)
+            yield title, f"{len(weights)} weights, {readable(whole)}{kept}"
     regions, reason = _reserved(bundle, name, engine)
     if not regions:
         yield "reserved", f"unknown: {reason}" if reason else "no device memory beside inputs, outputs and weights"

@@ -8,7 +8,7 @@ and nothing fails. Needs no GPU and no TensorRT.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from mmap import mmap
 from typing import Literal
@@ -21,13 +21,14 @@ _TENSOR = re.compile(
     r".*? type=(?P<dtype>\w+) \}$",
     re.MULTILINE,
 )
-_STEP = re.compile(r'^  (?P<kind>\w+)=\{ name="?(?P<name>[^" ]*)(?P<rest>.*)\}$', re.MULTILINE)
+_STEP = re.compile(r'^  (?P<kind>\w+)=\{ name=(?P<name>"[^"]*"|\S+)(?P<rest>.*)\}$', re.MULTILINE)
 _INPUTS = re.compile(r" (?:input|input_args)=\{([^}]*)\}")
 _OUTPUTS = re.compile(r" (?:output|output_args)=\{([^}]*)\}")
 _QUOTED = re.compile(r'"([^"]*)"')
 _PAYLOAD = re.compile(r"const_payload_size=(\d+)")
 _REFITTED = re.compile(r"_constant\w+___mye\d+\.\d+$")  # a weight as the caller gives it
 _SHAPE_RANGE = re.compile(r" \[profile (\d+)\]")
+_NUMBERED = re.compile(r"( \[profile \d+\])?\.\d+$")  # what a plan adds to the name of an input
 _BITS = {
     **dict.fromkeys(("fp4_e2m1", "int4"), 4),
     **dict.fromkeys(("fp8_e4m3", "fp8_e5m2", "fp8_e8m0", "int8", "uint8", "bool"), 8),
@@ -141,9 +142,9 @@ class PlanText:
         named = ("function", "runtime_fusion")
         return Counter(step.name if step.kind in named else step.kind for step in steps)
 
-    def weight_copies(self, least_bytes: int = _LEAST_COPY_BYTES) -> list[WeightCopy]:
-        """Copies of weights that are made again on every call. There should be none."""
-        return [copy for graph in self._running() for copy in _copies(graph, least_bytes)]
+    def weight_copies(self, inputs: Collection[str] = (), least_bytes: int = _LEAST_COPY_BYTES) -> list[WeightCopy]:
+        """Copies of weights that are made again on every call: there should be none. ``inputs`` are weights too."""
+        return [copy for graph in self._running() for copy in _copies(graph, inputs, least_bytes)]
 
     def _running(self) -> list[Graph]:
         return [graph for graph in self.graphs if graph.kind == "run"]
@@ -203,17 +204,21 @@ def _words(text: str) -> list[str]:
 def _steps(main: str) -> Iterator[Step]:
     for match in _STEP.finditer(main):
         inputs, outputs = _INPUTS.search(match["rest"]), _OUTPUTS.search(match["rest"])
-        yield Step(match["kind"], match["name"], _names(inputs), _names(outputs))
+        yield Step(match["kind"], match["name"].strip('"'), _names(inputs), _names(outputs))
 
 
 def _names(match: re.Match[str] | None) -> tuple[str, ...]:
     return () if match is None else tuple(name.removesuffix("^deref") for name in _QUOTED.findall(match.group(1)))
 
 
-def _copies(graph: Graph, least_bytes: int) -> Iterator[WeightCopy]:
+def _copies(graph: Graph, inputs: Collection[str], least_bytes: int) -> Iterator[WeightCopy]:
     temporary = {tensor.name: tensor for tensor in graph.temporary()}
-    constants = {tensor.name: tensor.count for tensor in graph.tensors if tensor.constant_bytes is not None}
     callers = {tensor.name for tensor in graph.tensors if not tensor.region}
+    constants = {
+        tensor.name: tensor.count
+        for tensor in graph.tensors
+        if tensor.constant_bytes is not None or _NUMBERED.sub("", tensor.name) in inputs
+    }
     sizes = set(constants.values())
     from_weights = set(constants)
     for step in graph.steps:

@@ -78,10 +78,8 @@ class Graph:
         if data is None:
             weights = self.trt.Weights(dtype, 0, weight.count)
         else:
-            # Not every tensor of a safetensors file starts at a multiple of its own size.
-            aligned = data if data.ctypes.data % 16 == 0 else data.copy()
-            self._kept.append(aligned)
-            weights = self._pointing(dtype, aligned, weight.count)
+            self._kept.append(data)
+            weights = self._pointing(dtype, data, weight.count)
         layer = self.network.add_constant(weight.shape, weights)
         layer.name = weight.name
         self.weights.append(weight)

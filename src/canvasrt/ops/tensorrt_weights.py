@@ -6,14 +6,14 @@ experts, and TensorRT-RTX reads the packed numbers directly: with a scale per ex
 first write a BF16 copy of all experts (docs/decisions/0007-engine-definition.md has the sizes).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.engine_weights import EngineType, EngineWeight, Part, made
+from canvasrt.engine_weights import Bytes, EngineType, EngineWeight, Part, aligned, made
 from canvasrt.errors import CheckpointError, InputError
 from canvasrt.formats import NVFP4_BLOCK, PLAIN, Format
 from canvasrt.layout import Matrix, Stored
@@ -46,11 +46,17 @@ class EngineWeights:
 
     ``formats`` names the format of every tensor; ``checkpoint`` holds them. Without ``fill`` all become placeholders,
     to be filled when the plan is loaded; without ``checkpoint`` nothing can ever fill them, and the scales of
-    activations are 1.
+    activations are 1. ``kept`` says where the bytes of a weight stay while the network lives.
     """
 
     def __init__(
-        self, graph: Graph, spec: ModelSpec, formats: Mapping[str, Format], checkpoint: Checkpoint | None, fill: bool
+        self,
+        graph: Graph,
+        spec: ModelSpec,
+        formats: Mapping[str, Format],
+        checkpoint: Checkpoint | None,
+        fill: bool,
+        kept: Callable[[Bytes], Bytes] = aligned,
     ) -> None:
         if fill and checkpoint is None:
             raise ValueError("there is no checkpoint to fill the weights from")
@@ -59,6 +65,7 @@ class EngineWeights:
         self._formats = formats
         self._checkpoint = checkpoint
         self._fill = fill
+        self._place = kept
         self._kept: dict[str, Tensor] = {}
         self._given: dict[str, Given] = {}
         self._model: EngineType = "bf16" if graph.precision == "bf16" else "fp32"
@@ -222,6 +229,6 @@ class EngineWeights:
             data: Any = None
             if self._fill:
                 assert self._checkpoint is not None  # checked when this was made
-                data = made(self._checkpoint, weight)
+                data = self._place(made(self._checkpoint, weight))
             self._kept[weight.name] = self._graph.constant(weight, data)
         return self._kept[weight.name]
