@@ -2,7 +2,7 @@
 
 An EngineRunner, so that whatever holds for a runner can be asked of the network that is handed to the compiler. Every
 call must fit one of the shape ranges that the engine is built for. What nobody may read is poisoned: K/V memory that
-was never written holds 7, the soft embeddings of a slot without a canvas NaN.
+was never written holds ``poison``, the soft embeddings of a slot without a canvas NaN.
 """
 
 import copy
@@ -28,7 +28,7 @@ POISON = 7.0
 
 
 class QuietLogger(trt.ILogger):
-    """Keeps what the compiler says; a machine without a GPU makes it complain about each refused call."""
+    """Keeps what TensorRT says: the interpreter asks slices for sizes that are known at run time only."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -39,12 +39,17 @@ class QuietLogger(trt.ILogger):
             self.lines.append(msg)
 
 
+LOGGER = QuietLogger()  # TensorRT keeps the logger of the first builder of a process
+
+
 class HostEngine:
     """``slots`` requests of ``context`` tokens; the K/V of a row is copied into a call and back, where a GPU binds it.
 
     ``calls`` counts runs of the network, ``overflows`` those repeated with more seats, and ``last`` keeps what the last
-    one was given and gave.
+    one was given and gave. ``key_step``: of the full layers' buffers, a call reads a multiple of that many tokens.
     """
+
+    key_step = 1
 
     def __init__(
         self,
@@ -58,8 +63,7 @@ class HostEngine:
         spec = self.spec = source.spec
         self.shapes = engine_shapes(spec, slots, context, chunk, slots)
         self.moe = moe or MoeShapes("dense")
-        self.logger = QuietLogger()
-        builder = trt.Builder(self.logger)
+        builder = trt.Builder(LOGGER)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         graph = Graph(trt, network, precision)
         weights = EngineWeights(graph, spec, source.formats, source.checkpoint, fill=True)
@@ -70,16 +74,16 @@ class HostEngine:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         rows = torch.from_numpy(made(source.weights(), embedding).copy()).view(self._dtype)
         self._embedding = rows.view(spec.vocab_size, spec.hidden_size)
-        self._forget()
+        self._forget(POISON)
 
-    def _forget(self) -> None:
+    def _forget(self, poison: float) -> None:
         spec, slots = self.spec, self.shapes.slots
         self._buffers = {}
         for layer in spec.layers:
             length = self.shapes.context if layer.kind == "full" else self.shapes.sliding
             for name in ("k", "v"):
                 shape = (slots, layer.kv_heads, length, layer.head_dim)
-                self._buffers[f"{name}.{layer.index}"] = torch.full(shape, POISON, dtype=self._dtype)
+                self._buffers[f"{name}.{layer.index}"] = torch.full(shape, poison, dtype=self._dtype)
         self._length = [0] * slots
         self._start = [0] * slots  # position of the first token in the sliding buffers
         self._soft = torch.full((slots, spec.canvas_length, spec.hidden_size), torch.nan, dtype=self._dtype)
@@ -87,10 +91,10 @@ class HostEngine:
         self.calls = self.overflows = 0
         self.last: tuple[Tensors, Tensors] = ({}, {})
 
-    def fresh(self) -> "HostEngine":
+    def fresh(self, poison: float = POISON) -> "HostEngine":
         """Another runner over the same network, with memory of its own."""
         other = copy.copy(self)
-        other._forget()
+        other._forget(poison)
         return other
 
     @property
@@ -195,10 +199,12 @@ class HostEngine:
         start = torch.tensor([self._start[slot] for slot in slots])[:, None]
         position = held + torch.arange(count)
         denoising = torch.tensor([index < len(rows) for index in range(len(slots))])[:, None]
+        keys = int(held.max()) + count
+        keys = min(-(-keys // self.key_step) * self.key_step, self.shapes.context)
         inputs = {
             "is_canvas": denoising.expand(-1, count).unsqueeze(-1).clone(),
             "soft": torch.zeros(len(slots), count, self.spec.hidden_size, dtype=self._dtype),
-            "keys": torch.arange(int(held.max()) + count).int(),
+            "keys": torch.arange(keys).int(),
         }
         for index, row in enumerate(rows):
             if not row.first and self._has_soft[row.slot]:

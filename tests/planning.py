@@ -1,9 +1,12 @@
 """Profiles and models for the tests of planning. No test: what they are made of."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from canvasrt.compile.source import ModelSource
 from canvasrt.compile.vram import Deployment, Setting
@@ -76,3 +79,15 @@ def deployment(source: ModelSource, **changes: Any) -> Deployment:
 
 def setting(slots: int = 4, context: int = 32_768, chunk: int = 512, canvases: int = 2) -> Setting:
     return Setting(slots, context, chunk, canvases)
+
+
+SETTINGS = st.builds(
+    Setting,
+    slots=st.integers(1, 64),
+    context=st.integers(512, 262_144),
+    chunk=st.integers(16, 8192),
+    canvases=st.integers(1, 16),
+).map(lambda each: replace(each, slots=max(each.slots, each.canvases)))
+MODELS = {recipe: published(recipe) for recipe in RECIPES}
+MEMORY = st.floats(8, 300)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

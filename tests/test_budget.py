@@ -1,10 +1,10 @@
-"""The planned memory against arithmetic by hand, what it depends on, and whether every way out that it names exists."""
+"""Does it fit, and what would: every way out that is named exists, and is the nearest."""
 
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canvasrt.compile import budget
@@ -20,236 +20,27 @@ from canvasrt.compile.budget import (
     nearest,
     smaller_recipe,
 )
-from canvasrt.compile.sizes import sizes, stored_bytes, unpacked_bytes, with_recipe
+from canvasrt.compile.sizes import with_recipe
 from canvasrt.compile.source import ModelSource
-from canvasrt.compile.vram import Setting, VramBudget
+from canvasrt.compile.vram import Setting
 from canvasrt.errors import CapacityError, InputError
-from canvasrt.formats import Format
 from canvasrt.profiles.profile import load_profile, profile_names
-from canvasrt.quantize.recipe import load_recipe, recipe_names
-from planning import CAPACITY, DEMO, DENSE, GB, PUBLISHED, RECIPES, deployment, profile, published, setting
-
-# The 26B by hand. Elements:
-EXPERTS = 30 * 128 * 3 * 704 * 2816
-ATTENTION = 25 * (2 * 16 + 2 * 8) * 256 * 2816 + 5 * (2 * 16 + 2) * 512 * 2816  # q and o, k, v where there is one
-MLP = 30 * 3 * 2112 * 2816
-EMBEDDING = 262_144 * 2816
-CONDITIONING = 3 * 2112 * 2816 + 2816
-OTHER = 30 * (128 * 2816 + 2816 + 128 + 7 * 2816 + 2) + 25 * 2 * 256 + 5 * 2 * 512 + 2816  # router, norms, scalars
-ALL = EXPERTS + ATTENTION + MLP + EMBEDDING + CONDITIONING + OTHER
-# Output channels, each with a float32 scale in FP8 and NVFP4
-EXPERT_ROWS = 30 * 128 * (2 * 704 + 2816)
-ATTENTION_ROWS = 25 * ((16 + 8 + 8) * 256 + 2816) + 5 * ((16 + 2) * 512 + 2816)
-MLP_ROWS = 30 * (2 * 2112 + 2816)
-LINEAR = EXPERTS + ATTENTION + MLP
-LINEAR_ROWS = EXPERT_ROWS + ATTENTION_ROWS + MLP_ROWS
-
-
-def test_the_parameters_are_those_that_are_published() -> None:
-    assert round(ALL / 1e9, 2) == 25.25
-    assert [round(n / 1e9, 3) for n in (ATTENTION, MLP, EXPERTS, EMBEDDING)] == [1.110, 0.535, 22.838, 0.738]
-    found = {part: size.elements for (part, _), size in sizes(published()).items()}
-    assert found == {
-        "experts": EXPERTS, "attention": ATTENTION, "mlp": MLP, "embedding": EMBEDDING, "conditioning": CONDITIONING,
-        "other": OTHER,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("recipe", "weights"),
-    [
-        ("none", {"plain": 2 * ALL}),
-        ("fp8", {"fp8": LINEAR + 4 * LINEAR_ROWS, "plain": 2 * (ALL - LINEAR)}),
-        # an E4M3 scale per 16 weights
-        ("nvfp4-experts", {"nvfp4": EXPERTS * 9 // 16 + 4 * EXPERT_ROWS, "plain": 2 * (ALL - EXPERTS)}),
-        ("nvfp4", {"nvfp4": LINEAR * 9 // 16 + 4 * LINEAR_ROWS, "plain": 2 * (ALL - LINEAR)}),
-        # a BF16 scale per 64 weights
-        ("int4-experts", {"int4": EXPERTS // 2 + EXPERTS // 32, "plain": 2 * (ALL - EXPERTS)}),
-    ],
-)
-def test_weights_by_format_are_those_counted_by_hand(recipe: str, weights: dict[str, int]) -> None:
-    found = deployment(published(recipe)).weights
-    assert found == weights
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("form", "nbytes"),
-    [
-        (Format("plain"), 2 * 32 * 64),
-        (Format("fp8", "static"), 32 * 64 + 4 * 32),
-        (Format("fp8", "token"), 32 * 64 + 4 * 32),
-        (Format("nvfp4", "block", 16), 32 * 32 + 32 * 4 + 4 * 32),
-        (Format("nvfp4", "none", 16), 32 * 32 + 32 * 4 + 4 * 32),
-        (Format("int4", "none", 64), 32 * 32 + 2 * 32),
-    ],
-)
-def test_a_matrix_in_each_format(form: Format, nbytes: int) -> None:
-    assert stored_bytes((32, 64), form) == nbytes
-
-
-def test_the_26b_by_hand() -> None:
-    """5 full layers with 2 heads of 512, 25 sliding ones with 8 of 256; a call of 2 canvases, and one of 256 tokens."""
-    found = deployment(published("nvfp4-experts")).budget(setting(chunk=256))
-    sliding = 1023 + 256 + 256
-    assert found.full_kv_bytes == 4 * 32_768 * 20_480
-    assert found.sliding_kv_bytes == 4 * sliding * 204_800
-    for activations, tokens, rows in ((found.decoder, 512, 2), (found.encoder, 256, 1)):
-        # four in BF16 and one in float32 of the hidden size; queries, keys and values of a full layer in both
-        assert activations.residual_bytes == tokens * (2816 * 12 + (16 + 2 * 2) * 512 * 6)
-        scores, masks = 16 * tokens * 32_768 * 2, tokens * (32_768 + sliding)
-        assert activations.attention == (scores, scores, rows * 32_768 * 2 * 512 * 2, masks)
-        gate_up, hidden, gathered = (128 * tokens * width * 2 for width in (1408, 704, 2816))
-        assert activations.experts == (gate_up, hidden, gathered, 0, masks)
-    vocabulary = 512 * 262_144
-    assert found.decoder.sampler == (vocabulary * 4,) * 4 + (vocabulary * 2,)
-    assert sum(found.encoder.sampler) == 0
-    # scores, and the sampler's tensors, are as large as each other: 512 MiB
-    assert found.decoder.total_bytes == found.decoder.residual_bytes + 4 * 2**29 + 2**28
-    assert found.activations is found.decoder
-    soft, rotary = (4 + 2 + 2) * 256 * 2816 * 2, 512 * (256 + 512) * 2 * 4
-    assert found.io_bytes == soft + rotary + 256 * 262_144 * 4 + 512 * 64
-    assert found.overhead_bytes == 700_000_000 + 34 * GB * 3 // 100
-    caches = found.full_kv_bytes + found.sliding_kv_bytes
-    assert found.total_bytes == sum(found.items().values())
-    assert found.total_bytes == (
-        found.weight_bytes + caches + found.decoder.total_bytes + found.io_bytes + found.overhead_bytes
-    )
-    assert 24 * GB < found.total_bytes < 27 * GB
-
-
-def test_the_demo_by_hand() -> None:
-    """2 full layers with 1 head of 64, 4 sliding ones with 2 of 32; hidden 128, canvas 48, vocabulary 112."""
-    source = ModelSource.open(DEMO)
-    experts, attention = 6 * 8 * 3 * 64 * 128, 4 * (2 * 4 + 2 * 2) * 32 * 128 + 2 * (2 * 4 + 1) * 64 * 128
-    mlp, other = 6 * 3 * 256 * 128, 6 * (8 * 128 + 128 + 8 + 7 * 128 + 2) + 4 * 2 * 32 + 2 * 2 * 64 + 128
-    rest = 112 * 128 + 3 * 256 * 128 + 128
-    found = deployment(source, moe=DENSE).budget(setting(slots=3, context=512, chunk=96, canvases=1))
-    assert found.weights == {"plain": 2 * (experts + attention + mlp + other + rest)}
-    assert found.full_kv_bytes == 3 * 512 * 2 * 2 * 64 * 2
-    assert found.sliding_kv_bytes == 3 * (95 + 96 + 48) * 4 * 2 * 2 * 32 * 2
-    scores, masks = 4 * 96 * 512 * 2, 96 * (512 + 95 + 96 + 48)
-    assert found.encoder.attention == (scores, scores, 512 * 64 * 2, masks)
-    assert found.encoder.experts == (96 * 8 * 128 * 2, 96 * 8 * 64 * 2, 0, masks)
-    assert found.encoder.residual_bytes == 96 * (128 * 12 + (4 + 2 * 1) * 64 * 6)
-    assert found.decoder.sampler == (48 * 112 * 4,) * 4 + (48 * 112 * 2,)
-    assert found.activations is found.encoder
-
-
-WEIGHTS_ONLY = load_recipe("nvfp4-experts").model_copy(
-    update={"tensors": {"experts": "nvfp4-weights"}, "calibration": None}
-)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "moe", "context", "chunk", "canvases", "reserved"),
-    [
-        ("nvfp4-experts", CAPACITY, 16_384, 512, 2, 2_425_982_336),
-        ("nvfp4-experts", CAPACITY, 65_536, 512, 2, 3_499_724_160),
-        ("nvfp4-experts", CAPACITY, 16_384, 2048, 1, 2_745_578_880),  # here the encoder needs more
-        ("nvfp4-experts", DENSE, 4096, 2048, 1, 1_212_884_992),
-        ("nvfp4-weights", CAPACITY, 16_384, 512, 2, 2_904_116_608),
-        ("int4-experts", CAPACITY, 32_768, 256, 1, 1_211_419_520),
-        ("fp8", DENSE, 16_384, 1024, 4, 4_842_186_752),
-        ("none", CAPACITY, 4096, 512, 1, 1_212_984_192),
-    ],
-)
-def test_activations_are_what_plans_reserve(
-    recipe: str, moe: dict[str, Any], context: int, chunk: int, canvases: int, reserved: int
-) -> None:
-    """TensorRT-RTX 1.7, engines of the 26B with six layers (as many as a pattern of sliding and full ones has)."""
-    source = with_recipe(published(), WEIGHTS_ONLY) if recipe == "nvfp4-weights" else published(recipe)
-    asked = setting(slots=4, context=context, chunk=chunk, canvases=canvases)
-    planned = deployment(source, moe=moe).budget(asked).activations.total_bytes
-    assert 0.99 * reserved < planned < 1.2 * reserved
-
-
-@pytest.mark.parametrize(("keys", "reserved"), [(8192, 159e6), (131_072, 2.4e9)])
-def test_full_attention_of_one_canvas_is_what_a_plan_reserves(keys: int, reserved: float) -> None:
-    """TensorRT-RTX 1.7 for one full layer alone: its queries and results besides, which are in the residual stream."""
-    decoder = deployment(published()).budget(setting(canvases=1, context=keys)).decoder
-    assert sum(decoder.attention[:3]) < 1.02 * reserved
-    assert 0.99 * reserved < sum(decoder.attention[:3]) + decoder.residual_bytes < 1.15 * reserved
-
-
-def test_a_weight_only_nvfp4_matrix_is_unpacked_and_others_are_not() -> None:
-    decoder = deployment(with_recipe(published(), WEIGHTS_ONLY)).budget(setting()).decoder
-    assert 128 * 1408 * 2816 * 2 in decoder.experts  # gate and up of a layer
-    for recipe in RECIPES:
-        assert unpacked_bytes(published(recipe)) == 0
-
-
-def parts_of(found: VramBudget) -> dict[str, Any]:
-    activations = {
-        f"{name}.{part}": value
-        for name in ("encoder", "decoder")
-        for part, value in asdict(getattr(found, name)).items()
-    }
-    return {key: value for key, value in asdict(found).items() if key not in ("encoder", "decoder")} | activations
-
-
-BASE: dict[str, Any] = {"slots": 8, "context": 16_384, "chunk": 1024, "canvases": 4}
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        ({"slots": 9}, {"full_kv_bytes", "sliding_kv_bytes", "io_bytes"}),
-        (
-            {"context": 20_480},
-            {"full_kv_bytes", "encoder.attention", "decoder.attention", "encoder.experts", "decoder.experts"},
-        ),
-        (  # masks are as wide as the sliding layers' buffers, and inputs as long as the larger call
-            {"chunk": 2048},
-            {
-                "sliding_kv_bytes", "encoder.residual_bytes", "encoder.attention", "encoder.experts", "io_bytes",
-                "decoder.attention", "decoder.experts",
-            },
-        ),
-        (
-            {"canvases": 3},
-            {"decoder.residual_bytes", "decoder.attention", "decoder.experts", "decoder.sampler", "io_bytes"},
-        ),
-        ({"kv_type": "fp8"}, {"full_kv_bytes", "sliding_kv_bytes"}),
-        ({"moe": DENSE}, {"encoder.experts", "decoder.experts"}),
-        ({"moe": CAPACITY | {"decoder_capacity": 32}}, set()),  # room is kept for a call that overflows
-        ({"recipe": "fp8"}, {"weights"}),
-        ({"memory_gb": 96.0}, {"overhead_bytes"}),
-        ({"shared": True}, {"overhead_bytes"}),
-        ({"bandwidth": 3000.0}, set()),
-    ],
-    ids=str,
+from canvasrt.quantize.recipe import recipe_names
+from planning import (
+    DEMO,
+    DENSE,
+    GB,
+    MEMORY,
+    MODELS,
+    PUBLISHED,
+    RECIPES,
+    SETTINGS,
+    deployment,
+    profile,
+    published,
+    quick,
+    setting,
 )  # fmt: skip
-def test_each_part_reacts_to_what_it_depends_on_and_to_nothing_else(change: dict[str, Any], parts: set[str]) -> None:
-    def planned(**changes: Any) -> dict[str, Any]:
-        numbers = {key: changes.pop(key) for key in list(changes) if key in BASE}
-        source = published(changes.pop("recipe", "none"))
-        return parts_of(deployment(source, **changes).budget(setting(**(BASE | numbers))))
-
-    before, after = planned(), planned(**change)
-    assert {name for name in before if before[name] != after[name]} == parts
-
-
-SETTINGS = st.builds(
-    Setting,
-    slots=st.integers(1, 64),
-    context=st.integers(512, 262_144),
-    chunk=st.integers(16, 8192),
-    canvases=st.integers(1, 16),
-).map(lambda each: replace(each, slots=max(each.slots, each.canvases)))
-MODELS = {recipe: published(recipe) for recipe in RECIPES}
-MEMORY = st.floats(8, 300)
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@quick
-@given(st.sampled_from(RECIPES), SETTINGS, st.sampled_from(list(BASE)), st.integers(1, 4000))
-def test_more_of_anything_never_takes_less(recipe: str, some: Setting, name: str, more: int) -> None:
-    on = deployment(MODELS[recipe])
-    larger = replace(some, **{name: min(getattr(some, name) + more, 262_144)})
-    larger = replace(larger, slots=max(larger.slots, larger.canvases))
-    before, after = on.budget(some), on.budget(larger)
-    assert all(after.items()[part] >= size for part, size in before.items().items())
 
 
 @quick
@@ -265,10 +56,10 @@ def test_what_is_proposed_fits_and_asks_for_no_more(recipe: str, asked: Setting,
     assert on.budget(found).total_bytes <= memory * GB
     assert all(getattr(found, name) <= getattr(asked, name) for name in asdict(asked))
     changed = [name for name, value in asdict(asked).items() if getattr(found, name) != value]
-    if len(changed) == 1:
-        (name,) = changed
+    for name in changed:
         step = {"context": 256, "chunk": 256}.get(name, 1)
-        assert not on.fits(replace(found, **{name: min(getattr(found, name) + step, getattr(asked, name))}))
+        more = replace(found, **{name: min(getattr(found, name) + step, getattr(asked, name))})
+        assert more.canvases > more.slots or not on.fits(more)
 
 
 @quick
@@ -340,6 +131,19 @@ def test_several_numbers_are_given_up_where_one_is_not_enough() -> None:
     assert sum(asdict(found)[name] != value for name, value in asdict(asked).items()) > 1
 
 
+@pytest.mark.parametrize("memory", [22.0, 24.0, 26.0, 28.0])
+def test_of_the_settings_that_change_the_same_numbers_the_one_that_keeps_most_is_proposed(memory: float) -> None:
+    """Against every halving of slots and canvases."""
+    on = deployment(published("nvfp4-experts"), memory_gb=memory)
+    asked = setting(slots=32, context=16_384, canvases=16, chunk=512)
+    found = nearest(on, asked)
+    assert found is not None
+    assert (found.context, found.chunk) == (asked.context, asked.chunk)
+    halvings = [replace(asked, slots=32 >> i, canvases=16 >> j) for i in range(6) for j in range(5)]
+    fitting = [each.slots * each.canvases for each in halvings if each.canvases <= each.slots and on.fits(each)]
+    assert found.slots * found.canvases >= max(fitting)
+
+
 def test_a_search_over_all_settings_is_quick() -> None:
     on = deployment(published("none"), memory_gb=60.0)
     calls = 0
@@ -384,6 +188,19 @@ def test_what_nothing_holds_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "profile_names", list)
     text = advice(published(), profile(memory_gb=4.0), setting())
     assert text == "No setting of this GPU, no recipe that it runs and no GPU of the profiles holds it."
+
+
+def test_only_what_a_gpu_computes_with_is_proposed() -> None:
+    ada = smaller_recipe(published(), profile(capability="8.9"), setting())
+    assert ada is not None
+    assert ada.name == "int4-experts"
+    large = setting(slots=8, context=65_536)
+    found = larger_gpu(published("nvfp4-experts"), profile(), large)
+    assert found is not None
+    assert found.runs("nvfp4")
+    any_gpu = larger_gpu(published("int4-experts"), profile(), large)
+    assert any_gpu is not None
+    assert any_gpu.name != found.name  # one with less memory, and without FP4
 
 
 def test_a_recipe_that_is_multiplied_in_its_own_format_comes_before_a_smaller_one() -> None:

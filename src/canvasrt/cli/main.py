@@ -5,7 +5,7 @@ import sys
 import typer
 
 from canvasrt import __version__
-from canvasrt.cli import bench, generate, quantize, verify
+from canvasrt.cli import bench, build, generate, inspect, plan, profiles, quantize, verify
 from canvasrt.errors import CanvasRTError, CapacityError
 
 EXIT_INPUT = 2
@@ -42,6 +42,10 @@ app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("quantize")(quantize.quantize)
+app.add_typer(profiles.app, name="profiles")
+app.command("plan")(plan.plan)
+app.command("build")(build.build)
+app.command("inspect")(inspect.inspect)
 
 
 def main() -> None:

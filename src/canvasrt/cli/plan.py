@@ -94,7 +94,7 @@ def _setting(
     """What was asked for, else what the profile chooses, cut to the model and to what was asked for."""
     default, choices = Setting.of(profile, source.spec), profile.choices
     setting = Setting(
-        slots=slots or default.slots,
+        slots=slots or max(default.slots, canvases or 1),
         context=context or default.context,
         chunk=chunk or default.chunk,
         canvases=canvases or min(default.canvases, slots or default.canvases),

@@ -103,8 +103,6 @@ def nearest(on: Deployment, asked: Setting) -> Setting | None:
 
     ``asked`` itself where it fits, None where not even the smallest useful setting does.
     """
-    if on.fits(asked):
-        return asked
     for count in range(1, len(_ORDER) + 1):
         for names in combinations(_ORDER, count):
             found = max(_reduced(on, asked, names), key=lambda setting: _kept(setting, asked), default=None)
@@ -184,16 +182,25 @@ def _largest(on: Deployment, setting: Callable[[int], Setting], least: int, most
 
 
 def _reduced(on: Deployment, asked: Setting, names: tuple[str, ...]) -> Iterator[Setting]:
-    """Settings that fit, with no more of the named numbers than asked; of the first one as much as fits."""
+    """Settings that fit, with no more of the named numbers than asked, and none of those could be larger alone."""
     first, *others = names
     for values in product(*(_smaller(on, asked, name) for name in others)):
         rest = replace(asked, **dict(zip(others, values, strict=True)))
         if rest.canvases > rest.slots and first not in ("canvases", "slots"):
             continue
-        least, most, step = _range(on, rest, first)
-        found = _largest(on, partial(_changed, rest, first), least, most, step)
-        if found is not None:
-            yield replace(rest, **{first: found})
+        found = _raised(on, rest, first, _range(on, rest, first)[0], asked)
+        if found is None:
+            continue
+        for name in others:
+            found = _raised(on, found, name, getattr(found, name), asked) or found
+        yield found
+
+
+def _raised(on: Deployment, setting: Setting, name: str, least: int, asked: Setting) -> Setting | None:
+    """The setting with as much of a number as fits, from ``least`` up to what was asked for."""
+    _, most, step = _range(on, replace(asked, slots=setting.slots) if name == "canvases" else asked, name)
+    value = _largest(on, partial(_changed, setting, name), least, most, step)
+    return None if value is None else _changed(setting, name, value)
 
 
 def _range(on: Deployment, setting: Setting, name: str) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ class Scratch:
             return data
         start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
         try:
-            view = memoryview(np.ascontiguousarray(data)).cast("B")
+            view = np.ascontiguousarray(data).reshape(-1).data
             place = start
             while view:
                 written = os.pwrite(self._file.fileno(), view[: 1 << 26], place)

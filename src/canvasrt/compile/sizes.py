@@ -6,7 +6,7 @@ from math import prod
 from typing import Literal
 
 from canvasrt.compile.source import ModelSource
-from canvasrt.formats import NVFP4_BLOCK, Format, Weights
+from canvasrt.formats import NVFP4_BLOCK, PLAIN, Format, Weights
 from canvasrt.quantize.recipe import Recipe
 
 Part = Literal["experts", "attention", "mlp", "embedding", "conditioning", "other"]
@@ -88,7 +88,7 @@ def with_recipe(source: ModelSource, recipe: Recipe | None) -> ModelSource:
     """
     names = source.spec.tensors()
     if recipe is None:
-        return ModelSource(source.folder, source.spec, dict.fromkeys(names, Format("plain")), "bf16", "none", None)
+        return ModelSource(source.folder, source.spec, dict.fromkeys(names, PLAIN), "bf16", "none", None)
     recipe.check(source.spec)
-    formats = {name: recipe.format if recipe.covers(name) else Format("plain") for name in names}
+    formats = {name: recipe.format if recipe.covers(name) else PLAIN for name in names}
     return ModelSource(source.folder, source.spec, formats, recipe.kv_cache, f"recipe {recipe.name}", None)

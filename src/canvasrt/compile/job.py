@@ -1,0 +1,252 @@
+"""One build from start to end: a plan becomes a bundle, or a message says why not and what would.
+
+Nothing appears under the bundle's name before it is whole, and a build that would give the same bundle again does
+nothing.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from canvasrt import __version__
+from canvasrt.bundle import manifest as m
+from canvasrt.bundle.reader import EngineBundle, already_built
+from canvasrt.bundle.writer import BundleWriter
+from canvasrt.compile.budget import checked_budget
+from canvasrt.compile.buildplan import BuildPlan
+from canvasrt.compile.choices import SETTINGS, Reason, chosen_setting, chosen_source
+from canvasrt.compile.compiler import BuildLog, Compiled, Progress, Request, TensorInfo, compile_text
+from canvasrt.compile.engine import ROWS, MoeShapes
+from canvasrt.compile.plan_text import read_plan_text
+from canvasrt.compile.scratch import Scratch
+from canvasrt.compile.shapes import EngineShapes, engine_shapes
+from canvasrt.compile.source import ModelSource
+from canvasrt.compile.target import Target, find_target
+from canvasrt.engine_weights import EngineWeight, made
+from canvasrt.errors import InputError
+from canvasrt.fingerprint import fingerprint
+from canvasrt.profiles.profile import GpuProfile, Moe, load_profile
+
+ENGINE, EMBEDDING_FILE, LOG = "text.engine", "embedding.bin", "build.log"
+_KERNEL_BYTES = 300_000_000  # of a plan, beside its weights
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A build that can start: everything decided and checked, nothing compiled."""
+
+    plan: BuildPlan
+    profile: GpuProfile
+    target: Target
+    source: ModelSource
+    shapes: EngineShapes
+    moe: Moe
+    weights: m.WeightsMode
+    reasons: tuple[Reason, ...]
+    identity: m.CheckpointIdentity
+    build_id: str
+
+    @property
+    def out(self) -> Path:
+        return Path(self.plan.out)
+
+
+def prepare(plan: BuildPlan) -> Prepared:
+    """Reads headers and decides.
+
+    Raises InputError or CheckpointError for a profile, checkpoint or option that can't be built, CapacityError with the
+    nearest setting that fits where it does not fit the GPU, and CompileError with the command to run elsewhere where
+    the compiler can't run here.
+    """
+    profile = load_profile(plan.profile)
+    if plan.moe is not None:
+        profile = _with_moe(profile, plan.moe)
+    if profile.choices.kv_type.value != "bf16":
+        raise InputError(
+            f"profile {profile.name} wants K/V in {profile.choices.kv_type.value}: the compilers update K/V buffers in "
+            "place in BF16 only. Set kv_type to bf16"
+        )
+    source, why = chosen_source(Path(plan.checkpoint), profile, plan.recipe)
+    if source.checkpoint is not None and plan.recipe is not None:
+        raise InputError(
+            f"{plan.checkpoint} has weights, and an engine takes them as they are stored: quantize them first "
+            f"(canvasrt quantize {plan.checkpoint} --recipe {plan.recipe}), then build the result without --recipe"
+        )
+    if source.checkpoint is None and plan.weights == "inside":
+        source.weights()  # says what is missing
+    setting, reasons = chosen_setting(profile, source, {name: getattr(plan, name) for name in SETTINGS})
+    target = find_target(profile, plan)
+    budget = checked_budget(source, profile, setting)
+    shapes = engine_shapes(source.spec, setting.slots, setting.context, setting.chunk, setting.canvases)
+    weights: m.WeightsMode = "none" if source.checkpoint is None else plan.weights
+    identity = _identity(source)
+    content = plan.model_dump(mode="json", exclude={"checkpoint", "out"})
+    build_id = m.build_id(
+        canvasrt=__version__,
+        compiler=m.Compiler(name=target.compiler, version=target.version),
+        target=m.Target(compute_capability=target.capability, profile=profile.name),
+        checkpoint=identity,
+        profile=profile.model_dump(mode="json"),
+        plan=content,
+        weights=weights,
+        options=plan.options(),
+    )
+    memory = Reason("GPU memory", f"{budget.total_bytes / 1e9:.1f} GB", "planned: canvasrt plan shows the parts")
+    stored = Reason("weights", source.quantization, why)
+    moe = profile.choices.moe.value
+    every = (stored, *reasons, memory)
+    return Prepared(plan, profile, target, source, shapes, moe, weights, every, identity, build_id)
+
+
+def built(prepared: Prepared) -> EngineBundle | None:
+    """The bundle that is there already and equal to what would be built."""
+    return already_built(prepared.out, prepared.build_id)
+
+
+def build(prepared: Prepared, progress: Progress, force: bool = False) -> EngineBundle:
+    """Compiles and writes the bundle.
+
+    Raises BundleError for a target that is taken, CapacityError for a full disk, CompileError where the compiler
+    refuses; Ctrl-C ends it. All of them leave no half bundle behind.
+    """
+    source, log = prepared.source, BuildLog()
+    inside = prepared.weights == "inside"
+    moe = prepared.moe
+    request = Request(
+        source=source,
+        shapes=prepared.shapes,
+        moe=MoeShapes(moe.formulation, moe.encoder_capacity or 0, moe.decoder_capacity or 0),
+        compiler=prepared.target.compiler,
+        sm=prepared.target.sm,
+        filled=inside,
+    )
+    weight_bytes = source.weights().nbytes() if inside else 0
+    with BundleWriter(prepared.out, force=force, expected_bytes=weight_bytes + _KERNEL_BYTES) as bundle:
+        bundle.copy_model_files(source.folder)
+        with Scratch(bundle.folder) as scratch, bundle.create(ENGINE, weight_bytes) as file:
+            compiled = compile_text(request, file.sink, scratch, progress, log)
+        given = [(weight, EMBEDDING_FILE if inside else None) for weight in compiled.inputs]
+        for weight, name in given:
+            if name is not None:
+                bundle.write(name, made(source.weights(), weight).tobytes())
+        text = read_plan_text((bundle.folder / ENGINE).read_bytes())
+        bundle.write(LOG, _log(prepared, log).encode())
+        reserved = None if text.reason else _regions(compiled, text.regions())
+        bundle.finish(_manifest(prepared, compiled, given, reserved))
+    return EngineBundle.open(prepared.out, verify="sizes")
+
+
+def _manifest(
+    prepared: Prepared,
+    compiled: Compiled,
+    given: list[tuple[EngineWeight, str | None]],
+    reserved: tuple[m.Region, ...] | None,
+) -> m.Manifest:
+    source, spec = prepared.source, prepared.source.spec
+    stripped = prepared.weights == "stripped"
+    formats: dict[str, int] = {}
+    for weight in (*compiled.weights, *compiled.inputs):
+        formats[weight.dtype] = formats.get(weight.dtype, 0) + weight.nbytes
+    engine = m.Engine(
+        file=ENGINE,
+        shape_ranges={
+            name: {tensor: m.ShapeRange(min=low, opt=mid, max=high) for tensor, (low, mid, high) in shapes.items()}
+            for name, shapes in compiled.ranges.items()
+        },
+        tensors=tuple(_tensor(info) for info in compiled.tensors),
+        build=m.BuildFacts(
+            seconds=round(compiled.seconds, 1),
+            peak_ram_bytes=compiled.peak_ram_bytes,
+            layers=compiled.layers,
+            weight_bytes=formats,
+            reserved=reserved,
+        ),
+        weight_map=tuple(_entry(source, weight, None) for weight in compiled.weights) if stripped else (),
+        given=tuple(_entry(source, weight, file) for weight, file in given),
+    )
+    return m.Manifest(
+        build_id=prepared.build_id,
+        canvasrt=__version__,
+        compiler=m.Compiler(name=prepared.target.compiler, version=compiled.version),
+        target=m.Target(compute_capability=prepared.target.capability, profile=prepared.profile.name),
+        checkpoint=prepared.identity,
+        weights=prepared.weights,
+        options=prepared.plan.options(),
+        precision="bf16",
+        kv_type="bf16",
+        shapes=m.Shapes(**asdict(prepared.shapes), sliding=prepared.shapes.sliding),
+        moe=m.Moe(**prepared.moe.model_dump()),
+        model={
+            "layers": len(spec.layers),
+            "hidden_size": spec.hidden_size,
+            "experts": spec.experts,
+            "vocab_size": spec.vocab_size,
+            "canvas_length": spec.canvas_length,
+        },
+        reasons=tuple(m.Reason(**asdict(reason)) for reason in prepared.reasons),
+        profile=prepared.profile.model_dump(mode="json"),
+        plan=prepared.plan.model_dump(mode="json"),
+        log=LOG,
+        engines={"text": engine},
+    )
+
+
+def _tensor(info: TensorInfo) -> m.EngineTensor:
+    mode: Any = "input" if info.is_input else "output"
+    aliases = info.aliases
+    if info.is_input and info.name.endswith(ROWS):
+        aliases = info.name.removesuffix(ROWS)
+    return m.EngineTensor(name=info.name, mode=mode, dtype=info.dtype.lower(), shape=info.shape, aliases=aliases)
+
+
+def _entry(source: ModelSource, weight: EngineWeight, file: str | None) -> m.WeightEntry:
+    """What a runtime needs to make this weight again: canvasrt.engine_weights.EngineWeight, and where the parts lie."""
+    copied = weight.dtype in ("fp8", "fp4")
+    one = len(weight.parts) == 1 and weight.parts[0].count == 1 and not weight.columns
+    transform = ("copy" if one else "concat") if copied else weight.dtype
+    parts = []
+    if source.checkpoint is not None:
+        for part in weight.parts:
+            info = source.checkpoint.info(part.tensor)
+            parts.append(
+                m.WeightPart(
+                    file=info.file.name, offset=info.offset, nbytes=info.nbytes, tensor=part.tensor, count=part.count
+                )
+            )
+    return m.WeightEntry(
+        name=weight.name,
+        dtype=weight.dtype,
+        shape=weight.shape,
+        nbytes=weight.nbytes,
+        transform=transform,
+        parts=tuple(parts),
+        columns=weight.columns,
+        file=file,
+    )
+
+
+def _regions(compiled: Compiled, regions: list[Any]) -> tuple[m.Region, ...]:
+    names = list(compiled.ranges)
+    return tuple(m.Region(shape_range=names[each.shape_range], name=each.name, nbytes=each.nbytes) for each in regions)
+
+
+def _identity(source: ModelSource) -> m.CheckpointIdentity:
+    found = fingerprint(source.folder, weights=source.checkpoint is not None)
+    return m.CheckpointIdentity(
+        folder=source.folder.resolve().name,
+        quantization=source.quantization,
+        layout=found.layout,
+        content=found.content,
+    )
+
+
+def _with_moe(profile: GpuProfile, moe: Moe) -> GpuProfile:
+    choice = profile.choices.moe.model_copy(update={"value": moe, "reason": "the build plan's moe"})
+    choices = profile.choices.model_copy(update={"moe": choice})
+    return profile.model_copy(update={"choices": choices})
+
+
+def _log(prepared: Prepared, log: BuildLog) -> str:
+    chosen = [f"{each.what}: {each.value}  # {each.reason}" for each in prepared.reasons]
+    compiler = f"{prepared.target.compiler} {prepared.target.version}"
+    return "\n".join(["choices", *chosen, "", f"messages of {compiler}", *log.lines, ""])
