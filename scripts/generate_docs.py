@@ -1,8 +1,9 @@
-"""Writes docs/cli.md, the reference of the command line, from the commands' own definitions.
+"""Writes docs/cli.md, the reference of the command line, from the commands' own definitions, and the table of GPU
+profiles in docs/profiles.md from their files.
 
     .venv/bin/python scripts/generate_docs.py [--check]
 
-``--check`` writes nothing and exits with 1 when docs/cli.md is not what would be written. The text depends on the
+``--check`` writes nothing and exits with 1 when a page is not what would be written. The text depends on the
 definitions only, not on the terminal: nothing in it is wrapped.
 """
 
@@ -16,8 +17,9 @@ from typing import Any
 import typer
 
 from canvasrt.cli import main as cli
+from canvasrt.cli import profiles
 
-PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = ".venv/bin/python scripts/generate_docs.py"
 NAME = "canvasrt"
 
@@ -34,10 +36,16 @@ def render() -> str:
         "## Exit codes",
         _table(("code", "meaning"), _exit_codes()),
     ]
+    return "\n\n".join([*blocks, *_commands(NAME, group, context)]) + "\n"
+
+
+def _commands(path: str, group: Any, context: Any) -> Iterator[str]:
     for name, command in group.commands.items():
+        own = f"{path} {name}"
         inner = command.context_class(command, info_name=name, parent=context)
-        blocks += [f"## {NAME} {name}", _sentences(command.help), *_usage(f"{NAME} {name}", command, inner)]
-    return "\n\n".join(blocks) + "\n"
+        yield from [f"## {own}", _sentences(command.help), *_usage(own, command, inner)]
+        if hasattr(command, "commands"):  # a group, such as canvasrt profiles
+            yield from _commands(own, command, inner)
 
 
 def _usage(path: str, command: Any, context: Any) -> Iterator[str]:
@@ -88,20 +96,26 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def main(arguments: list[str] | None = None, page: Path = PAGE) -> int:
-    parser = argparse.ArgumentParser(description="Write docs/cli.md from the definitions of the commands.")
-    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+def main(arguments: list[str] | None = None, docs: Path = DOCS) -> int:
+    parser = argparse.ArgumentParser(description="Write the generated pages of docs/.")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
     check = parser.parse_args(arguments).check
-    text = render()
-    current = page.read_text(encoding="utf-8") if page.exists() else None
-    if current == text:
-        return 0
-    if check:
-        state = "is missing" if current is None else "does not match the commands"
-        print(f"docs/{page.name} {state}. Write it: {COMMAND}", file=sys.stderr)
-        return 1
-    page.write_text(text, encoding="utf-8")
-    return 0
+    table = docs / "profiles.md"
+    pages = {docs / "cli.md": render()}
+    if table.exists():
+        pages[table] = profiles.with_table(table.read_text(encoding="utf-8"))
+    stale = 0
+    for page, text in pages.items():
+        current = page.read_text(encoding="utf-8") if page.exists() else None
+        if current == text:
+            continue
+        if check:
+            state = "is missing" if current is None else "does not match its source"
+            print(f"docs/{page.name} {state}. Write it: {COMMAND}", file=sys.stderr)
+            stale = 1
+        else:
+            page.write_text(text, encoding="utf-8")
+    return stale
 
 
 if __name__ == "__main__":

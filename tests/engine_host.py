@@ -136,16 +136,22 @@ class HostEngine:
         check_encode(self.limits, self._length, rows)
         check_denoise(self.limits, self._length, beside)
         assert all(row.position == self._length[row.slot] for row in rows)
-        results = self._denoise(list(beside), list(rows))
+        results = self._denoise(beside, rows)
         for row in rows:
             self._length[row.slot] += len(row.tokens)
         return results
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+        """One call of the network, or as many as there are rows that want logits: a call gives those of one canvas."""
         check_denoise(self.limits, self._length, rows)
-        return self._denoise(list(rows), []) if rows else []
+        later = {row.slot for row in [row for row in rows if row.want_logits][1:]}
+        calls = [[row for row in rows if row.slot not in later], *([row] for row in rows if row.slot in later)]
+        found = {
+            row.slot: each for call in calls if call for row, each in zip(call, self._denoise(call, []), strict=True)
+        }
+        return [found[row.slot] for row in rows]
 
-    def _denoise(self, rows: list[DenoiseRow], commits: list[EncodeRow]) -> list[DenoiseResult]:
+    def _denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[EncodeRow]) -> list[DenoiseResult]:
         order = sorted(range(len(rows)), key=lambda index: self._is_limited(rows[index]))  # the limited ones last
         sorted_rows = [rows[index] for index in order]
         slots = [row.slot for row in sorted_rows] + [row.slot for row in commits]

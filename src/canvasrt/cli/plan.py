@@ -1,33 +1,24 @@
 """``canvasrt plan``: does a model fit a GPU, with which settings, and how fast could it be?"""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from canvasrt.cli.common import Json
-from canvasrt.cli.plan_report import Plan, Reason, plan_as_json, print_plan, print_torch_plan, weights_of
+from canvasrt.cli.plan_report import Plan, plan_as_json, print_plan, print_torch_plan, weights_of
 from canvasrt.compile.budget import check_formats, checked_budget, largest_canvases, largest_context, largest_slots
+from canvasrt.compile.choices import Reason, chosen_setting, chosen_source
 from canvasrt.compile.forecast import forecast_prefill, forecast_steps
-from canvasrt.compile.sizes import with_recipe
 from canvasrt.compile.source import ModelSource
 from canvasrt.compile.vram import Deployment, Setting
-from canvasrt.errors import InputError
 from canvasrt.profiles.profile import GpuProfile, load_profile
-from canvasrt.quantize.recipe import load_recipe
 from canvasrt.runtime.memory import budget as torch_budget
 from canvasrt.runtime.protocol import RunnerLimits
 
 FLOAT32 = 4
-_CUT = {
-    "context": "all that the model has positions for",
-    "slots": "one for every canvas",
-    "canvases": "one for every slot",
-    "chunk": "the whole context",
-}
-
 
 def plan(
     checkpoint: Annotated[
@@ -52,8 +43,9 @@ def plan(
     Nothing is built and nothing is measured. Exit code 3 when it does not fit, with the nearest setting that does.
     """
     gpu = load_profile(profile)
-    source, origin = _source(checkpoint, gpu, recipe)
-    setting, reasons = _setting(gpu, source, context, slots, canvases, chunk)
+    source, origin = chosen_source(checkpoint, gpu, recipe)
+    asked = {"context": context, "slots": slots, "canvases": canvases, "chunk": chunk}
+    setting, reasons = chosen_setting(gpu, source, asked)
     if gpu.choices.compiler.value == "torch":
         _plan_torch(source, gpu, setting, as_json)
         return
@@ -64,62 +56,6 @@ def plan(
     else:
         print_plan(made)
     checked_budget(source, gpu, setting)
-
-
-def _source(folder: Path, profile: GpuProfile, recipe: str | None) -> tuple[ModelSource, str]:
-    """The model, and why its weights are planned in the format that they are."""
-    source = ModelSource.open(folder)
-    chosen = profile.choices.recipe
-    if source.checkpoint is None:
-        name, why = (chosen.value, chosen.reason) if recipe is None else (recipe, "--recipe")
-    elif recipe is None:
-        return source, "as the checkpoint is stored"
-    elif source.checkpoint.quantization is not None:
-        raise InputError(
-            f"{folder} is quantized already ({source.quantization}): leave --recipe out, or plan the BF16 checkpoint"
-        )
-    else:
-        name, why = recipe, "--recipe; the checkpoint is BF16 and would have to be quantized"
-    return with_recipe(source, None if name == "none" else load_recipe(name)), why
-
-
-def _setting(
-    profile: GpuProfile,
-    source: ModelSource,
-    context: int | None,
-    slots: int | None,
-    canvases: int | None,
-    chunk: int | None,
-) -> tuple[Setting, tuple[Reason, ...]]:
-    """What was asked for, else what the profile chooses, cut to the model and to what was asked for."""
-    default, choices = Setting.of(profile, source.spec), profile.choices
-    setting = Setting(
-        slots=slots or max(default.slots, canvases or 1),
-        context=context or default.context,
-        chunk=chunk or default.chunk,
-        canvases=canvases or min(default.canvases, slots or default.canvases),
-    )
-    setting = replace(setting, chunk=min(setting.chunk, setting.context))
-    asked = {"context": context, "slots": slots, "canvases": canvases, "chunk": chunk}
-    rows = []
-    for name, given in asked.items():
-        choice, value = getattr(choices, name), getattr(setting, name)
-        why = choice.reason if given is None else f"--{name}"
-        if value != (given or choice.value):
-            said = f"the profile says {choice.value:,}" if given is None else f"--{name} says {given:,}"
-            why = f"{_CUT[name]}; {said}"
-        rows.append(Reason(name, f"{value:,}", why))
-    rows.append(Reason("K/V", choices.kv_type.value, choices.kv_type.reason))
-    rows.append(Reason("experts", _experts(profile), choices.moe.reason))
-    rows.append(Reason("compiler", choices.compiler.value, choices.compiler.reason))
-    return setting, tuple(rows)
-
-
-def _experts(profile: GpuProfile) -> str:
-    moe = profile.choices.moe.value
-    if moe.formulation != "capacity":
-        return moe.formulation
-    return f"capacity: {moe.encoder_capacity} tokens per expert to encode, {moe.decoder_capacity} to denoise"
 
 
 def _plan(source: ModelSource, profile: GpuProfile, setting: Setting, reasons: tuple[Reason, ...]) -> Plan:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from canvasrt.compile.budget import advice, gigabytes, nearest
+from canvasrt.compile.choices import Reason
 from canvasrt.compile.forecast import Prefill, Step
 from canvasrt.compile.roofline import TFLOP
 from canvasrt.compile.source import ModelSource
@@ -22,15 +23,6 @@ TORCH = (
     "The {name} profile compiles nothing: the torch runtime (canvasrt generate) takes whatever memory the machine has, "
     "and refuses at its start what does not fit. In float32, for the slots, context and chunk above:"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Where a setting comes from."""
-
-    name: str
-    value: str
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,7 @@ def print_plan(made: Plan) -> None:
     )
     settings = _table("setting", "value", "why", texts=("setting", "value", "why"))
     for reason in made.reasons:
-        settings.add_row(reason.name, reason.value, reason.why)
+        settings.add_row(reason.what, reason.value, reason.reason)
     console.print(settings)
     console.print(_budget(made))
     if not made.fits:
@@ -98,7 +90,7 @@ def plan_as_json(made: Plan) -> dict[str, Any]:
         "parameters": sum(prod(shape) for shape in spec.tensors().values()),
         "profile": made.profile.name,
         "setting": asdict(made.setting),
-        "reasons": {reason.name: reason.why for reason in made.reasons},
+        "reasons": {reason.what: reason.reason for reason in made.reasons},
         "fits": made.fits,
         "memory_bytes": made.memory_bytes,
         "budget": {
