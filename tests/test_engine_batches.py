@@ -22,13 +22,13 @@ CANVAS = 12
 VOCABULARY = 640  # two levels of 32 and 20
 DENSE, CAPACITY = MoeShapes("dense"), MoeShapes("capacity", 9, 24)
 LENGTHS = (1, 40, 9, 23)  # of prompts: a window of 9 holds the first and the third whole
-EXACT = {"rtol": 0, "atol": 1e-6}
+ROUNDING = 1e-5  # of the largest number: sums in another order
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(
-        tmp_path_factory.mktemp("batches"), Dims(layers="sfsf", vocab=VOCABULARY, embedding_scale=1.0, window=9), seed=8
+        tmp_path_factory.mktemp("batches"), Dims(layers="sfsf", vocab=VOCABULARY, embedding_scale=2.0, window=9), seed=8
     )
 
 
@@ -55,10 +55,10 @@ def canvases(slots: Sequence[int], seed: int, first: bool, asked: int = 3) -> li
 def assert_same(ours: DenoiseResult, expected: DenoiseResult) -> None:
     np.testing.assert_array_equal(ours.argmax, expected.argmax)
     np.testing.assert_array_equal(ours.sampled, expected.sampled)
-    np.testing.assert_allclose(ours.entropy, expected.entropy, **EXACT)
+    np.testing.assert_allclose(ours.entropy, expected.entropy, rtol=0, atol=ROUNDING)
     assert (ours.logits is None) == (expected.logits is None)
     if ours.logits is not None and expected.logits is not None:
-        np.testing.assert_allclose(ours.logits, expected.logits, rtol=0, atol=1e-6 * np.abs(expected.logits).max())
+        np.testing.assert_allclose(ours.logits, expected.logits, rtol=0, atol=ROUNDING * np.abs(expected.logits).max())
 
 
 def fill(runner: EngineRunner, slots: Sequence[int]) -> None:
@@ -73,13 +73,13 @@ def test_a_ragged_batch_equals_each_row_alone(engine: HostEngine) -> None:
     together, alone = engine.fresh(), engine.fresh()
     for runner in (together, alone):
         fill(runner, SLOTS)
-    calls = together.calls
+    before = together.calls - together.overflows
     for asked, first in ((4, True), (0, True), (3, True), (2, True), (4, False), (0, False)):
         rows = canvases(SLOTS, 0, first, asked)
         for ours, row in zip(together.denoise(rows), rows, strict=True):
             assert_same(ours, alone.denoise([row])[0])
         assert len(together.last[0]["tokens"]) == 4
-    assert together.calls - calls == 6 + together.overflows
+    assert together.calls - together.overflows - before == 6
 
 
 @pytest.mark.parametrize("others", [(), (0, 4)], ids=["alone", "beside two that denoise"])
@@ -145,7 +145,7 @@ def test_memory_that_was_never_written_is_never_read(engine: HostEngine) -> None
 def test_a_long_conversation_moves_the_sliding_buffers_and_equals_a_fresh_prefill(engine: HostEngine) -> None:
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCABULARY, 60).astype(np.int32)
-    (row,) = canvases([1], 5, first=True)
+    (row,) = canvases([1], 5, first=True, asked=1)
     grown, fresh, position, moved = engine.fresh(), engine.fresh(), 0, 0
     while position < 60:  # canvases denoised in between write scratch behind the context
         piece = tokens[position : position + int(rng.integers(1, 20))]
@@ -155,8 +155,7 @@ def test_a_long_conversation_moves_the_sliding_buffers_and_equals_a_fresh_prefil
         moved = max(moved, grown._start[1])
     assert moved > 0
     fresh.encode([EncodeRow(1, tokens, 0)])
-    ours, expected = grown.denoise([row])[0], fresh.denoise([row])[0]
-    np.testing.assert_allclose(ours.logits, expected.logits, rtol=0, atol=1e-5 * np.abs(expected.logits).max())
+    assert_same(grown.denoise([row])[0], fresh.denoise([row])[0])
 
 
 def test_more_seats_than_needed_change_nothing(folder: Path) -> None:
