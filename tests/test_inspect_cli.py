@@ -37,7 +37,7 @@ def shown(bundle: Path, *arguments: str) -> str:
 
 
 def test_everything_that_a_person_asks_is_shown(bundle: Path) -> None:
-    text = shown(bundle)
+    text = shown(bundle, "--tensors")
     manifest = json.loads((bundle / "manifest.json").read_text())
     expected = [
         f"{bundle}: 0.10 MB in 7 files, every byte verified",
@@ -67,6 +67,8 @@ def test_everything_that_a_person_asks_is_shown(bundle: Path) -> None:
     assert text.index("CONSTANT 640") < text.index("MATRIX_MULTIPLY 211")  # the most first
     assert len(text.splitlines()) < 80  # 120 tensors of K and V are four lines
     assert "key_input_7" not in text
+    assert [line for line in text.splitlines() if "_input_*" in line]
+    assert not [line for line in shown(bundle).splitlines() if "_input_*" in line]
 
 
 def test_json_is_the_manifest(bundle: Path) -> None:

@@ -1,10 +1,11 @@
 """What ``make demo`` runs: loads the demo checkpoint, solves puzzles with the canvas shown live, checks the solutions;
-then quantizes it with ModelOpt and solves them again in NVFP4.
+then quantizes it with ModelOpt, solves them again in NVFP4, and compiles that for an RTX 5090.
 
 Exits with 1 when fewer than 95 % of the puzzles are solved, before or after.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from canvasrt.runtime.measure import Tally
 from canvasrt.runtime.torch_runner import TorchRunner
 from canvasrt.serve.tokenizer import TextCodec
 
+ENGINES = Path(__file__).parents[2] / "engines"
 GOAL = 0.95
 AT_ONCE = 8
 
@@ -39,12 +41,24 @@ def show(runner: TorchRunner, source: Checkpoint, codec: TextCodec, puzzles: int
     print(f"{count_solved(answer, grids)} of {puzzles} solved\n")
 
 
+def run(*arguments: str | Path) -> None:
+    """The command that a user would run, shown and run."""
+    words = [str(argument) for argument in arguments]
+    print(f"$ canvasrt {shlex.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", "canvasrt.cli.main", *words], check=True)
+
+
 def quantize(folder: Path) -> Checkpoint:
-    """The demo checkpoint with its experts in NVFP4, by the command that a user would run."""
-    arguments = ["quantize", str(CHECKPOINT), "--recipe", "nvfp4-experts", "--out", str(folder), "--no-report"]
-    print("$ canvasrt " + " ".join(arguments), flush=True)
-    subprocess.run([sys.executable, "-m", "canvasrt.cli.main", *arguments], check=True)
+    """The demo checkpoint with its experts in NVFP4."""
+    run("quantize", CHECKPOINT, "--recipe", "nvfp4-experts", "--out", folder, "--no-report")
     return Checkpoint.open(folder)
+
+
+def compile_for_rtx_5090(checkpoint: Path) -> None:
+    """Into engines/, to look at later. This machine needs no GPU for it."""
+    bundle = ENGINES / "demo-rtx-5090-nvfp4"
+    run("build", "--checkpoint", checkpoint, "--profile", "rtx-5090", "--out", bundle, "--force")
+    run("inspect", bundle)
 
 
 def main() -> None:
@@ -84,6 +98,7 @@ def main() -> None:
             f"NVFP4 experts, {made.nbytes() / source.nbytes():.0%} of the bytes: {after} of {arguments.puzzles} "
             "puzzles solved, in the exact arithmetic of a GPU engine"
         )
+        compile_for_rtx_5090(made.folder)
     print(f"(torch {torch.__version__} on {torch.get_num_threads()} CPU threads, float32)")
     if min(solved, after) < GOAL * arguments.puzzles:
         sys.exit(f"fewer than {GOAL:.0%} solved: the checkpoint or the runtime is damaged; run make test")

@@ -24,9 +24,12 @@ WIDTH = 120  # where the output is no terminal
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that canvasrt build made.")],
     verify: Annotated[bool, typer.Option(help="Check every byte; without, only that files have their sizes.")] = True,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every input and output, and its shapes, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what an engine bundle is: GPU, compiler, model, shapes, tensors, memory, reasons, files. Needs no GPU."""
+    """Show what an engine bundle is: GPU, compiler, model, shapes, memory, layers, reasons, files. Needs no GPU."""
     with working(f"checking {bundle}"):
         opened = EngineBundle.open(bundle, "full" if verify else "sizes")
     manifest = opened.manifest
@@ -45,7 +48,7 @@ def inspect(
         rows = [(reason.what, reason.value, reason.reason) for reason in manifest.reasons]
         console.print(_table("choice", "value", "reason", rows=rows))
     for name, engine in manifest.engines.items():
-        for table in _engine_tables(opened, name, engine):
+        for table in _engine_tables(opened, name, engine, tensors):
             console.print(table)
     files = [(name, f"{entry.nbytes:,}", entry.sha256) for name, entry in manifest.files.items()]
     console.print(_table("file", "bytes", "SHA-256", rows=files))
@@ -77,8 +80,18 @@ def _summary(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _engine_tables(bundle: EngineBundle, name: str, engine: Engine) -> Iterator[Table]:
+def _engine_tables(bundle: EngineBundle, name: str, engine: Engine, with_tensors: bool) -> Iterator[Table]:
     yield _rows([(f"engine {name}", engine.file), *_build(bundle, name, engine)])
+    if with_tensors:
+        yield from _tensor_tables(engine)
+    for title, counts in (("layers", engine.build.layers), ("weights", engine.build.weight_bytes)):
+        if counts:
+            shown = sorted(counts.items(), key=lambda item: -item[1])
+            rows = [(kind, str(number) if title == "layers" else readable(number)) for kind, number in shown]
+            yield _table(f"{title} by {'kind' if title == 'layers' else 'format'}", "", rows=rows)
+
+
+def _tensor_tables(engine: Engine) -> Iterator[Table]:
     tensors = [
         (_label(group), each.mode, each.dtype, _shape(each.shape), _alias(group)) for each, group in _groups(engine)
     ]
@@ -91,11 +104,6 @@ def _engine_tables(bundle: EngineBundle, name: str, engine: Engine) -> Iterator[
         for sizes in [inputs[each.name]]
     ]
     yield _table("shape range", "tensor", "min", "opt", "max", rows=ranges)
-    for title, counts in (("layers", engine.build.layers), ("weights", engine.build.weight_bytes)):
-        if counts:
-            shown = sorted(counts.items(), key=lambda item: -item[1])
-            rows = [(kind, str(number) if title == "layers" else readable(number)) for kind, number in shown]
-            yield _table(f"{title} by {'kind' if title == 'layers' else 'format'}", "", rows=rows)
 
 
 def _build(bundle: EngineBundle, name: str, engine: Engine) -> Iterator[tuple[str, str]]:

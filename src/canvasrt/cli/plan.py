@@ -20,6 +20,7 @@ from canvasrt.runtime.protocol import RunnerLimits
 
 FLOAT32 = 4
 
+
 def plan(
     checkpoint: Annotated[
         Path, typer.Option(help="Folder of a DiffusionGemma checkpoint; its config.json alone is enough.")

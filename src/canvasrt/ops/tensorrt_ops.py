@@ -288,7 +288,7 @@ class TensorRTOps:
             x = self.cast(x, "float32")
             largest = self.max(graph.unary("ABS", x), -1)
             # A token of zeros would be divided by 0.
-            of_token = self.multiply(self.maximum(largest, np.finfo(np.float32).tiny), 1 / E4M3_MAX)
+            of_token = self.multiply(self.maximum(largest, float(np.finfo(np.float32).tiny)), 1 / E4M3_MAX)
             x, scale = self.cast(self.divide(x, of_token), "model"), 1.0
         step = graph.literal(scale)
         packed = network.add_quantize(x, step, types.FP8).get_output(0)
