@@ -84,11 +84,11 @@ def forecast_steps(source: ModelSource, profile: GpuProfile, setting: Setting) -
 
 def forecast_prefill(source: ModelSource, profile: GpuProfile, setting: Setting) -> list[Prefill]:
     """Of the first chunk and of the last one that the context has room for."""
-    rates, kv_type = Rates.of(profile), profile.choices.kv_type.value
+    rates = Rates.of(profile)
     experts = Experts(profile.choices.moe.value.encoder_capacity)
     rows = []
     for active in sorted({0, max(setting.context - source.spec.canvas_length - setting.chunk, 0)}):
-        cost = prefill_call(source, kv_type, setting.chunk, active, experts)
+        cost = prefill_call(source, setting.chunk, active, experts)
         seconds = rates.in_sequence(cost)
         rows.append(
             Prefill(
@@ -115,9 +115,8 @@ def _step(
     experts: Experts,
     chosen: bool,
 ) -> Step:
-    kv_type = profile.choices.kv_type.value
-    cost = denoising_step(source, kv_type, canvases, active, experts)
-    commit = rates.in_sequence(committing_pass(source, kv_type, canvases, active, experts))
+    cost = denoising_step(source, canvases, active, experts)
+    commit = rates.in_sequence(committing_pass(source, canvases, active, experts))
     return Step(
         active=active,
         canvases=canvases,

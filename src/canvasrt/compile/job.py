@@ -5,6 +5,7 @@ nothing.
 """
 
 from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,10 @@ def build(prepared: Prepared, progress: Progress, force: bool = False) -> Engine
         given = [(weight, EMBEDDING_FILE if inside else None) for weight in compiled.inputs]
         for weight, name in given:
             if name is not None:
-                bundle.write(name, made(source.weights(), weight).tobytes())
-        text = read_plan_text((bundle.folder / ENGINE).read_bytes())
+                with bundle.create(name, weight.nbytes) as embedding:
+                    embedding.write(made(source.weights(), weight).data)
         bundle.write(LOG, _log(prepared, log).encode())
-        reserved = None if text.reason else _regions(compiled, text.regions())
+        reserved = _regions(compiled, bundle.folder / ENGINE)
         bundle.finish(_manifest(prepared, compiled, given, reserved))
     return EngineBundle.open(prepared.out, verify="sizes")
 
@@ -225,9 +226,16 @@ def _entry(source: ModelSource, weight: EngineWeight, file: str | None) -> m.Wei
     )
 
 
-def _regions(compiled: Compiled, regions: list[Any]) -> tuple[m.Region, ...]:
+def _regions(compiled: Compiled, plan: Path) -> tuple[m.Region, ...] | None:
+    """What the plan reserves on the GPU; None where its text does not tell."""
+    with plan.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        text = read_plan_text(content)
+    if text.reason is not None:
+        return None
     names = list(compiled.ranges)
-    return tuple(m.Region(shape_range=names[each.shape_range], name=each.name, nbytes=each.nbytes) for each in regions)
+    return tuple(
+        m.Region(shape_range=names[each.shape_range], name=each.name, nbytes=each.nbytes) for each in text.regions()
+    )
 
 
 def _identity(source: ModelSource) -> m.CheckpointIdentity:

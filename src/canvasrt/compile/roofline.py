@@ -11,10 +11,10 @@ from typing import Literal
 
 from canvasrt.compile.sizes import BF16, FLOAT32, sizes
 from canvasrt.compile.source import ModelSource
-from canvasrt.compile.vram import GB, KV_BYTES, kv_per_token
+from canvasrt.compile.vram import GB, kv_per_token
 from canvasrt.errors import InputError
 from canvasrt.formats import Format
-from canvasrt.profiles.profile import GpuProfile, KvType
+from canvasrt.profiles.profile import GpuProfile
 from canvasrt.spec import ModelSpec
 
 Number = Literal["bf16", "fp8", "fp4"]  # what the tensor cores multiply
@@ -125,7 +125,7 @@ class Rates:
         return f"{part.name}: {'memory' if reading >= self.part_seconds(part) else 'arithmetic'}"
 
 
-def call_cost(source: ModelSource, kv_type: KvType, call: Call) -> Cost:
+def call_cost(source: ModelSource, call: Call) -> Cost:
     """Of one call of the engine."""
     spec, tokens = source.spec, call.rows * call.tokens
     seats = tokens if call.experts.seats is None else min(call.experts.seats, tokens)
@@ -135,23 +135,23 @@ def call_cost(source: ModelSource, kv_type: KvType, call: Call) -> Cost:
             continue
         times = seats if name == "experts" else tokens
         parts.append(Part(name, size.nbytes, _MULTIPLY_ADD * size.elements * times, computed_in(form)))
-    parts.append(_attention_part(spec, kv_type, call))
+    parts.append(_attention_part(spec, call))
     if call.denoises:
         parts += _vocabulary_parts(spec, tokens)
     return Cost(tokens, tuple(parts), _intermediates(spec, call, seats))
 
 
-def denoising_step(source: ModelSource, kv_type: KvType, canvases: int, active: int, experts: Experts) -> Cost:
-    return call_cost(source, kv_type, Call(canvases, source.spec.canvas_length, active, experts, True))
+def denoising_step(source: ModelSource, canvases: int, active: int, experts: Experts) -> Cost:
+    return call_cost(source, Call(canvases, source.spec.canvas_length, active, experts, True))
 
 
-def committing_pass(source: ModelSource, kv_type: KvType, canvases: int, active: int, experts: Experts) -> Cost:
+def committing_pass(source: ModelSource, canvases: int, active: int, experts: Experts) -> Cost:
     """Encodes finished canvases: one such pass for each."""
-    return call_cost(source, kv_type, Call(canvases, source.spec.canvas_length, active, experts, False))
+    return call_cost(source, Call(canvases, source.spec.canvas_length, active, experts, False))
 
 
-def prefill_call(source: ModelSource, kv_type: KvType, chunk: int, active: int, experts: Experts) -> Cost:
-    return call_cost(source, kv_type, Call(1, chunk, active, experts, False))
+def prefill_call(source: ModelSource, chunk: int, active: int, experts: Experts) -> Cost:
+    return call_cost(source, Call(1, chunk, active, experts, False))
 
 
 def tokens_per_second(
@@ -176,11 +176,10 @@ def computed_in(form: Format) -> Number:
     return "fp4" if form.weights == "nvfp4" else "fp8"
 
 
-def _attention_part(spec: ModelSpec, kv_type: KvType, call: Call) -> Part:
+def _attention_part(spec: ModelSpec, call: Call) -> Part:
     """Committed keys and values are read once; scores and mixing are computed over them and the call's own tokens."""
     window = min(call.active, spec.sliding_window - 1)
-    element = KV_BYTES[kv_type]
-    nbytes = call.active * kv_per_token(spec, "full", element) + window * kv_per_token(spec, "sliding", element)
+    nbytes = call.active * kv_per_token(spec, "full") + window * kv_per_token(spec, "sliding")
     flops = 0
     for layer in spec.layers:
         keys = (call.active if layer.kind == "full" else window) + call.tokens

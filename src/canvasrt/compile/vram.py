@@ -15,7 +15,7 @@ from canvasrt.compile.sizes import BF16, FLOAT32, bytes_by_format, unpacked_byte
 from canvasrt.compile.source import ModelSource
 from canvasrt.errors import InputError
 from canvasrt.formats import Weights
-from canvasrt.profiles.profile import Formulation, GpuProfile, KvType
+from canvasrt.profiles.profile import Formulation, GpuProfile
 from canvasrt.spec import ModelSpec
 
 GB = 10**9
@@ -28,7 +28,6 @@ SAMPLER_TENSORS = 4
 _STREAM = 4 * BF16 + FLOAT32
 _PROJECTED = BF16 + FLOAT32  # a projection as it comes, and normed and rotated
 _SCALARS = 64  # per token of a call: ids, positions, uniforms, and what the sampler returns
-KV_BYTES: Mapping[KvType, int] = {"bf16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Activations:
     """
 
     residual_bytes: int  # residual stream, norms and projections of one layer, all along
-    attention: tuple[int, ...]  # of a full layer: scores, probabilities, copied keys or values, masks
+    attention: tuple[int, ...]  # of a full layer: scores, probabilities, copied keys or values, masks of both kinds
     experts: tuple[int, ...]  # tokens gathered, gate and up, their product; weights that had to be unpacked; masks
     sampler: tuple[int, ...]  # over the vocabulary
 
@@ -119,7 +118,6 @@ class Deployment:
     spec: ModelSpec
     weights: Mapping[Weights, int]
     unpacked_bytes: int
-    kv_type: KvType
     formulation: Formulation
     memory_bytes: int
     overhead_bytes: int
@@ -138,7 +136,6 @@ class Deployment:
             spec=source.spec,
             weights=bytes_by_format(source),
             unpacked_bytes=unpacked_bytes(source),
-            kv_type=profile.choices.kv_type.value,
             formulation=profile.choices.moe.value.formulation,
             memory_bytes=memory,
             overhead_bytes=DRIVER_BYTES + ceil(RESERVE * memory) + shared,
@@ -168,8 +165,8 @@ def vram_budget(on: Deployment, shapes: EngineShapes) -> VramBudget:
     logits = canvas * spec.vocab_size * FLOAT32  # of one canvas, for who asks for them
     return VramBudget(
         weights=on.weights,
-        full_kv_bytes=shapes.slots * shapes.context * kv_per_token(spec, "full", KV_BYTES[on.kv_type]),
-        sliding_kv_bytes=shapes.slots * shapes.sliding * kv_per_token(spec, "sliding", KV_BYTES[on.kv_type]),
+        full_kv_bytes=shapes.slots * shapes.context * kv_per_token(spec, "full"),
+        sliding_kv_bytes=shapes.slots * shapes.sliding * kv_per_token(spec, "sliding"),
         encoder=_activations(on, shapes, 1, shapes.chunk, 0),
         decoder=_activations(on, shapes, shapes.canvases, canvas, shapes.canvases * canvas),
         io_bytes=soft + rotary + logits + shapes.most_tokens * _SCALARS,
@@ -177,9 +174,9 @@ def vram_budget(on: Deployment, shapes: EngineShapes) -> VramBudget:
     )
 
 
-def kv_per_token(spec: ModelSpec, kind: str, element_bytes: int) -> int:
-    """Keys and values of one token in all layers of a kind."""
-    return sum(2 * layer.kv_heads * layer.head_dim for layer in spec.layers if layer.kind == kind) * element_bytes
+def kv_per_token(spec: ModelSpec, kind: str) -> int:
+    """Bytes of one token's keys and values in all layers of a kind."""
+    return sum(2 * layer.kv_heads * layer.head_dim for layer in spec.layers if layer.kind == kind) * BF16
 
 
 def _activations(on: Deployment, shapes: EngineShapes, rows: int, width: int, head_rows: int) -> Activations:
@@ -190,7 +187,9 @@ def _activations(on: Deployment, shapes: EngineShapes, rows: int, width: int, he
     inner = max(projected * _PROJECTED, 3 * spec.mlp_size * BF16)
     scores = spec.heads * tokens * shapes.context * BF16
     copied = rows * shapes.context * max(layer.kv_heads * layer.head_dim for layer in full) * BF16  # keys, then values
-    masks = tokens * (shapes.context + shapes.sliding)
+    # The first full layer writes its mask, a line for every query head of a group, and those after it read that.
+    folded = max(spec.heads // layer.kv_heads for layer in full) * tokens if len(full) > 1 else 0
+    masks = (folded * shapes.context * BF16, tokens * shapes.sliding * BF16)
     places = tokens * spec.experts  # a call that overflows its capacity is repeated with room for all in every expert
     widths = [2 * spec.expert_size, spec.expert_size]
     if on.formulation != "dense":
@@ -198,7 +197,7 @@ def _activations(on: Deployment, shapes: EngineShapes, rows: int, width: int, he
     vocabulary = head_rows * spec.vocab_size
     return Activations(
         residual_bytes=tokens * (spec.hidden_size * _STREAM + inner),
-        attention=(scores, scores, copied, masks),
-        experts=(*(places * each * BF16 for each in widths), on.unpacked_bytes, masks),
+        attention=(scores, scores, copied, *masks),
+        experts=(*(places * each * BF16 for each in widths), on.unpacked_bytes, *masks),
         sampler=(*(vocabulary * FLOAT32 for _ in range(SAMPLER_TENSORS)), vocabulary * BF16),
     )
