@@ -62,19 +62,7 @@ def prepare(plan: BuildPlan) -> Prepared:
     profile = load_profile(plan.profile)
     if plan.moe is not None:
         profile = _with_moe(profile, plan.moe)
-    if profile.choices.kv_type.value != "bf16":
-        raise InputError(
-            f"profile {profile.name} wants K/V in {profile.choices.kv_type.value}: the compilers update K/V buffers in "
-            "place in BF16 only. Set kv_type to bf16"
-        )
-    source, why = chosen_source(Path(plan.checkpoint), profile, plan.recipe)
-    if source.checkpoint is not None and plan.recipe is not None:
-        raise InputError(
-            f"{plan.checkpoint} has weights, and an engine takes them as they are stored: quantize them first "
-            f"(canvasrt quantize {plan.checkpoint} --recipe {plan.recipe}), then build the result without --recipe"
-        )
-    if source.checkpoint is None and plan.weights == "inside":
-        source.weights()  # says what is missing
+    source, why = _source(plan, profile)
     setting, reasons = chosen_setting(profile, source, {name: getattr(plan, name) for name in SETTINGS})
     target = find_target(profile, plan)
     budget = checked_budget(source, profile, setting)
@@ -93,10 +81,21 @@ def prepare(plan: BuildPlan) -> Prepared:
         options=plan.options(),
     )
     memory = Reason("GPU memory", f"{budget.total_bytes / 1e9:.1f} GB", "planned: canvasrt plan shows the parts")
-    stored = Reason("weights", source.quantization, why)
+    every = (Reason("weights", source.quantization, why), *reasons, memory)
     moe = profile.choices.moe.value
-    every = (stored, *reasons, memory)
     return Prepared(plan, profile, target, source, shapes, moe, weights, every, identity, build_id)
+
+
+def _source(plan: BuildPlan, profile: GpuProfile) -> tuple[ModelSource, str]:
+    source, why = chosen_source(Path(plan.checkpoint), profile, plan.recipe)
+    if source.checkpoint is not None and plan.recipe is not None:
+        raise InputError(
+            f"{plan.checkpoint} has weights, and an engine takes them as they are stored: quantize them first "
+            f"(canvasrt quantize {plan.checkpoint} --recipe {plan.recipe}), then build the result without --recipe"
+        )
+    if source.checkpoint is None and plan.weights == "inside":
+        source.weights()  # says what is missing
+    return source, why
 
 
 def built(prepared: Prepared) -> EngineBundle | None:
@@ -122,7 +121,8 @@ def build(prepared: Prepared, progress: Progress, force: bool = False) -> Engine
         filled=inside,
     )
     weight_bytes = source.weights().nbytes() if inside else 0
-    with BundleWriter(prepared.out, force=force, expected_bytes=weight_bytes + _KERNEL_BYTES) as bundle:
+    most = 2 * weight_bytes + _KERNEL_BYTES  # in the plan, and put together beside it while it is made
+    with BundleWriter(prepared.out, force=force, expected_bytes=most) as bundle:
         bundle.copy_model_files(source.folder)
         with Scratch(bundle.folder) as scratch, bundle.create(ENGINE, weight_bytes) as file:
             compiled = compile_text(request, file.sink, scratch, progress, log)
