@@ -5,13 +5,16 @@ call must fit one of the shape ranges that the engine is built for. What nobody 
 was never written holds ``poison``, the soft embeddings of a slot without a canvas NaN.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pytest
 import tensorrt_rtx as trt
 import torch
 
+import canvasrt.network.sampler
 from canvasrt.compile.engine import NEXT, ROWS, MoeShapes, describe, ranges
 from canvasrt.compile.shapes import engine_shapes
 from canvasrt.compile.source import ModelSource
@@ -40,6 +43,14 @@ class QuietLogger(trt.ILogger):
 
 
 LOGGER = QuietLogger()  # TensorRT keeps the logger of the first builder of a process
+
+
+@contextlib.contextmanager
+def short_search(halvings: int) -> Iterator[None]:
+    """Networks described meanwhile search top-k and top-p in fewer steps: those are a third of a small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvasrt.network.sampler, "BISECTIONS", halvings)
+        yield
 
 
 class HostEngine:
@@ -128,7 +139,7 @@ class HostEngine:
                 self._start[row.slot] = min(self._start[row.slot], row.position)
             for first in range(0, len(row.tokens), self.shapes.chunk):
                 piece = row.tokens[first : first + self.shapes.chunk]
-                self._call("encoder", [row.slot], piece[None], [])
+                self._call("encoder", {row.slot: piece}, [])
                 self._length[row.slot] += len(piece)
 
     def commit(self, rows: Sequence[EncodeRow], beside: Sequence[DenoiseRow]) -> list[DenoiseResult]:
@@ -152,35 +163,33 @@ class HostEngine:
         return [found[row.slot] for row in rows]
 
     def _denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[EncodeRow]) -> list[DenoiseResult]:
-        order = sorted(range(len(rows)), key=lambda index: self._is_limited(rows[index]))  # the limited ones last
-        sorted_rows = [rows[index] for index in order]
-        slots = [row.slot for row in sorted_rows] + [row.slot for row in commits]
-        tokens = np.stack([row.canvas for row in sorted_rows] + [row.tokens for row in commits])
-        out = self._call("decoder", slots, tokens, sorted_rows)
+        tokens = {row.slot: row.canvas for row in rows} | {row.slot: row.tokens for row in commits}
+        order = sorted(rows, key=self._is_limited)  # those with limits last
+        out = self._call("decoder", tokens, order)
         size = self.shapes.canvas
-        results: dict[int, DenoiseResult] = {}
-        asked = 0
-        for place, index in enumerate(order):
+        logits = iter(out["logits"].split(size))
+        results = {}
+        for place, row in enumerate(order):
             part = slice(place * size, (place + 1) * size)
-            logits = None
-            if rows[index].want_logits:
-                logits = out["logits"][asked * size : (asked + 1) * size].numpy()
-                asked += 1
-            self._soft[rows[index].slot], self._has_soft[rows[index].slot] = out["soft.next"][part], True
+            self._soft[row.slot], self._has_soft[row.slot] = out["soft.next"][part], True
             values = (out[name][part].numpy() for name in ("argmax", "sampled", "entropy"))
-            results[index] = DenoiseResult(*values, logits)
-        return [results[index] for index in range(len(rows))]
+            results[row.slot] = DenoiseResult(*values, next(logits).numpy() if row.want_logits else None)
+        return [results[row.slot] for row in rows]
 
-    def _call(self, name: str, slots: list[int], tokens: np.ndarray, rows: list[DenoiseRow]) -> Tensors:
-        count = tokens.shape[1]
+    def _call(self, name: str, tokens: dict[int, np.ndarray], head: list[DenoiseRow]) -> Tensors:
+        """``tokens`` by slot. A call binds neighbouring slots: those in between that have none write scratch."""
+        slots = range(min(tokens), max(tokens) + 1)
+        count = len(next(iter(tokens.values())))
         for slot in slots:
             self._make_room(slot, count)
-        inputs = {**self._places(slots, count, rows), **self._head(rows)}
-        inputs["tokens"] = torch.from_numpy(tokens.astype(np.int32))
-        inputs |= {each: buffer[slots] for each, buffer in self._buffers.items()}
+        inputs = {**self._places(slots, count, head), **self._head(slots, head)}
+        idle = np.zeros(count, np.int32)
+        inputs["tokens"] = torch.from_numpy(np.stack([tokens.get(slot, idle) for slot in slots]))
+        part = slice(slots.start, slots.stop)
+        inputs |= {each: buffer[part] for each, buffer in self._buffers.items()}
         if self.moe.formulation == "capacity":
             capacity = self.moe.decoder_capacity if name == "decoder" else self.moe.encoder_capacity
-            inputs["seats"] = torch.arange(min(capacity, tokens.size)).float()
+            inputs["seats"] = torch.arange(min(capacity, len(slots) * count)).float()
         outputs = self._run(name, inputs)
         # Without seats for all, later layers ran on wrong numbers, and may want more seats still with the right ones.
         while "busiest" in outputs and (busiest := int(outputs["busiest"].item())) > len(inputs["seats"]):
@@ -189,7 +198,7 @@ class HostEngine:
             inputs |= {each: outputs[each + NEXT] for each in self._buffers}  # an engine has written it in place
             outputs = self._run(name, inputs)
         for each, buffer in self._buffers.items():
-            buffer[slots] = outputs[each + NEXT]
+            buffer[part] = outputs[each + NEXT]
         return outputs
 
     def _run(self, name: str, inputs: Tensors) -> Tensors:
@@ -199,12 +208,12 @@ class HostEngine:
         self.last = (dict(inputs), outputs)
         return outputs
 
-    def _places(self, slots: list[int], count: int, rows: list[DenoiseRow]) -> Tensors:
+    def _places(self, slots: range, count: int, rows: list[DenoiseRow]) -> Tensors:
         """Positions as rotary factors, what each token sees, and where its K and V go."""
         held = torch.tensor([self._length[slot] for slot in slots])[:, None]
         start = torch.tensor([self._start[slot] for slot in slots])[:, None]
         position = held + torch.arange(count)
-        denoising = torch.tensor([index < len(rows) for index in range(len(slots))])[:, None]
+        denoising = torch.tensor([slot in {row.slot for row in rows} for slot in slots])[:, None]
         keys = int(held.max()) + count
         keys = min(-(-keys // self.key_step) * self.key_step, self.shapes.context)
         inputs = {
@@ -212,9 +221,9 @@ class HostEngine:
             "soft": torch.zeros(len(slots), count, self.spec.hidden_size, dtype=self._dtype),
             "keys": torch.arange(keys).int(),
         }
-        for index, row in enumerate(rows):
+        for row in rows:
             if not row.first and self._has_soft[row.slot]:
-                inputs["soft"][index] = self._soft[row.slot]
+                inputs["soft"][slots.index(row.slot)] = self._soft[row.slot]
         # A canvas token sees the whole canvas, and of what is before it what the canvas's first token sees.
         query = torch.where(denoising, held, position)
         for kind, layer in {layer.kind: layer for layer in self.spec.layers}.items():
@@ -230,7 +239,7 @@ class HostEngine:
             inputs[f"cos.{kind}"], inputs[f"sin.{kind}"] = angles.cos(), angles.sin()
         return inputs
 
-    def _head(self, rows: list[DenoiseRow]) -> Tensors:
+    def _head(self, slots: range, rows: list[DenoiseRow]) -> Tensors:
         size, vocabulary = self.shapes.canvas, self.spec.vocab_size
 
         def column(values: list[float]) -> torch.Tensor:
@@ -239,8 +248,9 @@ class HostEngine:
         limited = [row for row in rows if self._is_limited(row)]
         wanted = [torch.arange(place * size, (place + 1) * size) for place, row in enumerate(rows) if row.want_logits]
         uniforms = np.concatenate([row.uniforms for row in rows]) if rows else np.zeros(0, np.float32)
+        starts = [slots.index(row.slot) * size for row in rows]
         return {
-            "head_rows": torch.arange(len(rows) * size).int(),
+            "head_rows": (torch.tensor(starts).view(-1, 1) + torch.arange(size)).flatten().int(),
             "temperature": column([row.temperature for row in rows]),
             "uniforms": torch.from_numpy(uniforms).view(-1, 1),
             "top_k": column([float(min(row.top_k or vocabulary, vocabulary)) for row in limited]),

@@ -1,4 +1,6 @@
-"""A request walked through a runner and through transformers' model, step by step, compared by logits."""
+"""Requests walked through runners and through transformers' model, step by step, compared by logits."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -42,3 +44,27 @@ def walk_and_compare(
         cache = reference.encode(canvas, cache)
         runner.encode([EncodeRow(0, canvas, position)])
         position += spec_canvas
+
+
+def request_logits(runner: EngineRunner, slot: int = 0) -> list[np.ndarray]:
+    """Of one request: a prompt, three self-conditioned steps, the canvas encoded, the next canvas's first step."""
+    size, vocabulary = runner.limits.canvas, runner.limits.vocabulary
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(5, vocabulary, 31).astype(np.int32)
+    uniforms = np.full(size, 0.5, np.float32)
+    runner.encode([EncodeRow(slot, prompt, 0)])
+    found = []
+    for step in range(4):
+        canvas = rng.integers(5, vocabulary, size).astype(np.int32)
+        row = DenoiseRow(slot, canvas, 0.6, uniforms, first=step in (0, 3), want_logits=True)
+        logits = runner.denoise([row])[0].logits
+        assert logits is not None
+        found.append(logits)
+        if step == 2:
+            runner.encode([EncodeRow(slot, canvas, len(prompt))])
+    return found
+
+
+def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """The largest, relative to the largest expected number of its step."""
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))

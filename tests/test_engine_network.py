@@ -14,9 +14,10 @@ from canvasrt.compile.engine import MoeShapes
 from canvasrt.compile.source import ModelSource
 from canvasrt.reference.model import ReferenceModel
 from canvasrt.runtime.protocol import EncodeRow
+from canvasrt.runtime.torch_runner import TorchRunner
 from contract import CHECKS, Opener
-from engine_host import HostEngine
-from parity import close, walk_and_compare
+from engine_host import HostEngine, short_search
+from parity import close, difference, request_logits, walk_and_compare
 from tiny import Dims, write
 
 TOLERANCE = 2e-5  # of the largest logit
@@ -30,17 +31,17 @@ CASES: dict[str, tuple[Dims, int, int, int]] = {
     "a prompt of one token": (Dims(layers="fsf"), 1, 16, 3),
     "a window longer than all": (Dims(layers="sssf", window=80), 20, 7, 30),
     "a window of two tokens": (Dims(layers="sfsf", window=2, canvas=7), 25, 10, 2),
-    "no sliding layer": (Dims(layers="ff", kv_heads=4, full_kv_heads=2), 30, 31, 5),
-    "one expert": (Dims(layers="sf", experts=1, top_k=1, kv_heads=1, full_kv_heads=4), 30, 16, 12),
-    "every expert": (Dims(layers="sf", experts=9, top_k=9, rotary_share=1.0), 17, 16, 1),
-    "wide heads, 1 group": (Dims(layers="sf", full_head_dim=288, full_kv_heads=1), 30, 13, 6),
-    "wide heads, 2 groups": (Dims(layers="sf", full_head_dim=288, full_kv_heads=2, canvas=5), 30, 8, 6),
-    "wide heads, 4 groups": (Dims(layers="sf", full_head_dim=288, full_kv_heads=4), 30, 16, 6),
-    "wide sliding heads": (Dims(layers="sf", head_dim=264, heads=6, kv_heads=2, full_kv_heads=3), 30, 16, 6),
-    "two levels of 25": (Dims(layers="sf", vocab=625, rotary_share=0.5), 20, 16, 6),
+    "no sliding layer": (Dims(layers="fff", kv_heads=4, full_kv_heads=2), 30, 31, 5),
+    "one expert": (Dims(layers="ssf", experts=1, top_k=1, kv_heads=1, full_kv_heads=4), 30, 16, 12),
+    "every expert": (Dims(layers="fsf", experts=9, top_k=9, rotary_share=1.0), 17, 16, 1),
+    "wide heads, 1 group": (Dims(layers="fsf", full_head_dim=288, full_kv_heads=1), 30, 13, 6),
+    "wide heads, 2 groups": (Dims(layers="fsf", full_head_dim=288, full_kv_heads=2, canvas=5), 30, 8, 6),
+    "wide heads, 4 groups": (Dims(layers="fsf", full_head_dim=288, full_kv_heads=4), 30, 16, 6),
+    "wide sliding heads": (Dims(layers="ssf", head_dim=264, heads=6, kv_heads=2, full_kv_heads=3), 30, 16, 6),
+    "two levels of 25": (Dims(layers="fsf", vocab=625, rotary_share=0.5), 20, 16, 6),
     "a prime vocabulary": (Dims(layers="sf", vocab=521, canvas=3), 20, 16, 6),
-    "a canvas of one token": (Dims(layers="sf", canvas=1), 20, 3, 1),
-    "a canvas longer than a chunk": (Dims(layers="sf", canvas=30, window=5), 20, 4, 8),
+    "a canvas of one token": (Dims(layers="fsf", canvas=1), 20, 3, 1),
+    "a canvas longer than a chunk": (Dims(layers="ssf", canvas=30, window=5), 20, 4, 8),
 }
 
 
@@ -72,7 +73,7 @@ def dimensions(draw: st.DrawFn) -> Dims:
         head_dim=draw(st.sampled_from([4, 8, 18])),
         full_kv_heads=full_kv_heads,
         full_head_dim=draw(st.sampled_from([8, 20, 258])),
-        layers=draw(st.sampled_from(["sf", "ssf", "f", "fsf"])),
+        layers=draw(st.sampled_from(["f", "ssf", "fsf", "ffsf"])),
         window=draw(st.integers(2, 30)),
         experts=experts,
         top_k=draw(st.integers(1, experts)),
@@ -82,7 +83,7 @@ def dimensions(draw: st.DrawFn) -> Dims:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=6)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=5)
 @given(dims=dimensions(), data=st.data())
 def test_logits_equal_transformers_for_varied_dimensions(
     tmp_path_factory: pytest.TempPathFactory, dims: Dims, data: st.DataObject
@@ -103,12 +104,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 9, 50])
-def test_prefill_in_chunks_leaves_the_keys_and_values_of_transformers(tiny: Path, chunk: int) -> None:
+def test_prefill_in_chunks_leaves_the_keys_and_values_of_transformers(tmp_path: Path, chunk: int) -> None:
+    write(tmp_path, Dims(layers="sfsf"))
     prompt = np.random.default_rng(chunk).integers(0, 67, 50).astype(np.int32)
-    engine = HostEngine(ModelSource.open(tiny), context=64, chunk=chunk)
+    engine = HostEngine(ModelSource.open(tmp_path), context=64, chunk=chunk)
     engine.encode([EncodeRow(1, prompt, 0)])
     assert engine.calls == -(-50 // chunk)
-    cache = ReferenceModel.load(Checkpoint.open(tiny)).encode(prompt)
+    cache = ReferenceModel.load(Checkpoint.open(tmp_path)).encode(prompt)
     for index, layer in enumerate(cache.layers):
         for ours, theirs in zip(engine.stored(index, 1), (layer.keys, layer.values), strict=True):
             expected = theirs[0].transpose(0, 1)
@@ -133,13 +135,14 @@ def test_heads_too_wide_for_a_fused_kernel_are_folded_into_the_tokens(tmp_path: 
 ENGINES: dict[str, HostEngine] = {}
 
 
-@pytest.mark.parametrize("moe", [DENSE, MoeShapes("capacity", 4, 11)], ids=lambda moe: moe.formulation)
+@pytest.mark.parametrize("moe", [DENSE, MoeShapes("capacity", 9, 16)], ids=lambda moe: moe.formulation)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_contract(tiny: Path, check: object, moe: MoeShapes) -> None:
     opened: list[HostEngine] = []
     check(opener(tiny, moe, opened))
-    assert opened
-    assert moe.formulation == "dense" or any(0 < engine.overflows < engine.calls for engine in opened)
+    assert sum(engine.calls for engine in opened) > 0
+    if moe.formulation == "capacity" and check.__name__.startswith("check_neighbours"):
+        assert all(any(0 < each.overflows < each.calls for each in opened if each.limits.slots == n) for n in (1, 3, 5))
 
 
 def opener(folder: Path, moe: MoeShapes, opened: list[HostEngine]) -> Opener:
@@ -148,11 +151,23 @@ def opener(folder: Path, moe: MoeShapes, opened: list[HostEngine]) -> Opener:
     def open_runner(slots: int, chunk: int = 16) -> HostEngine:
         key = f"{moe} {slots} {chunk}"
         if key not in ENGINES:
-            ENGINES[key] = HostEngine(ModelSource.open(folder), moe=moe, slots=slots, context=72, chunk=chunk)
+            with short_search(8):  # the contract is about who is where
+                ENGINES[key] = HostEngine(ModelSource.open(folder), moe=moe, slots=slots, context=72, chunk=chunk)
         opened.append(ENGINES[key].fresh())
         return opened[-1]
 
     return open_runner
+
+
+def test_a_repetition_may_overflow_again(tmp_path: Path) -> None:
+    """The busiest expert is told of numbers that an earlier layer's overflow spoiled: only another call knows more."""
+    write(tmp_path, Dims(experts=8), seed=5)
+    with short_search(1):
+        engine = HostEngine(ModelSource.open(tmp_path), moe=MoeShapes("capacity", 3, 2), slots=1, context=96)
+    ours = request_logits(engine)
+    assert engine.calls - engine.overflows == 7
+    assert engine.overflows > 7
+    assert difference(ours, request_logits(TorchRunner.open(tmp_path, context=96, chunk=16))) < TOLERANCE
 
 
 def test_a_repeated_call_finds_what_the_first_one_wrote_and_writes_it_anew(tiny: Path) -> None:

@@ -197,7 +197,7 @@ def test_the_26b_model_fits_its_gpu_and_leaves_room_for_vision(name: str) -> Non
 def test_the_memory_of_a_slot_is_stated_rightly(name: str) -> None:
     choices = load_profile(name).choices
     sliding = SPEC.sliding_window - 1 + max(choices.chunk.value, SPEC.canvas_length) + SPEC.canvas_length
-    per_slot = choices.context.value * kv_per_token(SPEC, "full", 2) + sliding * kv_per_token(SPEC, "sliding", 2)
+    per_slot = choices.context.value * kv_per_token(SPEC, "full") + sliding * kv_per_token(SPEC, "sliding")
     assert f"{per_slot / 1e9:.2f} GB of K and V per slot" in choices.context.reason
 
 
@@ -206,7 +206,6 @@ def test_choices_go_together(name: str) -> None:
     choices = load_profile(name).choices
     assert choices.canvases.value <= choices.slots.value
     assert choices.context.value <= SPEC.max_context
-    assert choices.kv_type.value == "bf16"  # FP8 in place has been run on no GPU
     assert choices.chunk.value % SPEC.canvas_length == 0
 
 
@@ -264,7 +263,7 @@ def test_formats_run_from_their_generation_on(name: str, refused: str | None) ->
         ("choices.context.value", 1_000_000, ["choices.context.value: ", "262144"]),
         ("choices.chunk.value", 8, ["choices.chunk.value: ", "16"]),
         ("choices.canvases.value", 65, ["choices.canvases.value: ", "64"]),
-        ("choices.kv_type.value", "int8", ["choices.kv_type.value: ", "'bf16' or 'fp8'"]),
+        ("choices.kv_type.value", "fp8", ["choices.kv_type.value: ", "'bf16'"]),  # the compilers have no such cache
         ("choices.moe.value", {"formulation": "capacity"}, ["choices.moe.value: ", "both of them"]),
         ("choices.moe.value", {"formulation": "dense", "encoder_capacity": 64}, ["choices.moe.value: ", "capacity"]),
         ("choices.moe.value.encoder_capacity", REMOVED, ["choices.moe.value: ", "both of them"]),

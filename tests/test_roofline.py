@@ -32,7 +32,7 @@ SOURCES = {recipe: published(recipe) for recipe in RECIPES}
 
 
 def step(recipe: str, experts: Experts = ROUTED, canvases: int = 1, active: int = 4096) -> Cost:
-    return denoising_step(SOURCES[recipe], "bf16", canvases, active, experts)
+    return denoising_step(SOURCES[recipe], canvases, active, experts)
 
 
 def part(cost: Cost, name: str) -> Part:
@@ -111,11 +111,11 @@ def test_a_step_by_hand() -> None:
 
 
 def test_committing_reads_no_vocabulary() -> None:
-    denoise, commit = step("fp8"), committing_pass(SOURCES["fp8"], "bf16", 1, 4096, ROUTED)
+    denoise, commit = step("fp8"), committing_pass(SOURCES["fp8"], 1, 4096, ROUTED)
     names = {each.name for each in denoise.parts}
     assert names - {each.name for each in commit.parts} == {"embedding", "logits"}
     assert denoise.nbytes - commit.nbytes == 4 * 262_144 * 2816 + 256 * 262_144 * 6
-    assert commit.flops == prefill_call(SOURCES["fp8"], "bf16", 256, 4096, ROUTED).flops
+    assert commit.flops == prefill_call(SOURCES["fp8"], 256, 4096, ROUTED).flops
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,6 @@ BASE: dict[str, Any] = {"slots": 8, "context": 16_384, "chunk": 1024, "canvases"
             {"canvases": 3},
             {"decoder.residual_bytes", "decoder.attention", "decoder.experts", "decoder.sampler", "io_bytes"},
         ),
-        ({"kv_type": "fp8"}, {"full_kv_bytes", "sliding_kv_bytes"}),
         ({"moe": DENSE}, {"encoder.experts", "decoder.experts"}),
         ({"moe": CAPACITY | {"decoder_capacity": 32}}, set()),  # room is kept for a call that overflows
         ({"recipe": "fp8"}, {"weights"}),
