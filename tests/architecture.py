@@ -34,7 +34,10 @@ LAYERS = {
     "scheduler": "errors spec diffusion runtime.protocol",
     "quality": "errors spec tensorfile checkpoint diffusion runtime",
     "quantize": "errors spec formats inputs settings tensorfile checkpoint ops.torch_formats reference serve",
-    "compile": "errors spec fingerprint engine_weights formats inputs settings layout tensorfile checkpoint network ops profiles bundle quantize.recipe",
+    "compile": (
+        "errors spec fingerprint engine_weights formats inputs settings layout tensorfile checkpoint network ops profiles "
+        "bundle quantize.recipe"
+    ),
     "serve": "errors spec wire bundle checkpoint diffusion runtime scheduler",
     "gateway": "errors wire",
     "reference": "errors spec checkpoint diffusion runtime ops network serve",
