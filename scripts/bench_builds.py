@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from canvasrt.spec import ModelSpec
 CONFIG = Path(__file__).parents[1] / "tests" / "fixtures" / "diffusiongemma-26b-a4b"
 LIMITS = {"seconds": 300.0, "ram_bytes": 6e9, "plan_bytes": 250e6}
 GB, MB = 1e9, 1e6
-ALIGNED = 512  # bytes that regions are a multiple of
 BITS = {"bf16": 16, "float": 32, "int32": 32, "bool": 8, "fp8_e4m3": 8, "fp4_e2m1": 4}
 
 
@@ -110,7 +108,7 @@ def measured(name: str, config: Path, out: Path, options: list[str]) -> dict[str
             "reserved_bytes": sum(region.nbytes for region in graph.regions),
             "planned_bytes": activations.total_bytes,
             "largest_bytes": largest.nbytes,
-            "largest": list(contents(graph, largest, sizes(spec, manifest, rows, tokens))),
+            "largest": list(contents(graph, largest, spec, rows, tokens, manifest.shapes.context)),
             "regions": sorted((region.nbytes for region in graph.regions), reverse=True),
         }
     return {
@@ -141,34 +139,27 @@ def planned(manifest: Manifest, config: Path) -> tuple[VramBudget, ModelSpec]:
     return vram_budget(Deployment.of(source, profile), EngineShapes(**shapes)), source.spec
 
 
-def sizes(spec: ModelSpec, manifest: Manifest, rows: int, tokens: int) -> list[int]:
-    """What a dimension that varies can be in the largest call."""
-    shapes = manifest.shapes
-    full = next(layer for layer in spec.layers if layer.kind == "full")
-    folded = tokens * spec.heads // full.kv_heads
-    return sorted(
-        {1, rows, tokens, rows * tokens, folded, shapes.context, shapes.sliding, spec.experts * tokens * rows}
-    )
+def contents(graph: Graph, region: Region, spec: ModelSpec, rows: int, tokens: int, context: int) -> Iterator[str]:
+    """What is as large as a region in the largest call, of what lies in it one after the other."""
+    found = {
+        f"{name} ({tensor.dtype})"
+        for tensor in graph.temporary()
+        for name, count in [counted(tensor, spec, rows, tokens, context)]
+        if tensor.region == region.name and count * BITS.get(tensor.dtype, 0) // 8 == region.nbytes
+    }
+    yield from sorted(found)
 
 
-def contents(graph: Graph, region: Region, sizes: list[int]) -> Iterator[str]:
-    """The tensors of a region that are as large as it is in the largest call: they make it so large."""
-    found = set()
-    for tensor in graph.temporary():
-        if tensor.region == region.name:
-            found.update(filling(tensor, region.nbytes, sizes))
-    return iter(sorted(found))
-
-
-def filling(tensor: PlanTensor, nbytes: int, sizes: list[int]) -> Iterator[str]:
-    """Type and dimensions of a tensor, where some ``sizes`` of those that vary make it as large as ``nbytes``."""
-    for chosen in product(sizes, repeat=tensor.dims.count(None)):
-        rest = iter(chosen)
-        dims = [next(rest) if size is None else size for size in tensor.dims]
-        size = math.prod(dims) * BITS.get(tensor.dtype, 32) // 8
-        if nbytes - ALIGNED < size <= nbytes:
-            yield f"{tensor.dtype} {'x'.join(map(str, dims))}"
-            return
+def counted(tensor: PlanTensor, spec: ModelSpec, rows: int, tokens: int, context: int) -> tuple[str, int]:
+    """What a tensor is, and how many numbers it has in the largest call; 0 for the small ones."""
+    dims = tensor.dims
+    if spec.vocab_size in dims:
+        return "logits", rows * tokens * spec.vocab_size
+    if dims[:2] == (spec.experts, None):
+        return "experts", spec.experts * rows * tokens * math.prod(size or 1 for size in dims[2:])
+    if len(dims) == len(("groups", "queries", "keys")) and dims[-1] is None:
+        return "scores of a full layer", spec.heads * rows * tokens * context
+    return "", 0
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -180,7 +171,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [header, ["---"] * len(header)]
     for row in rows:
         ranges = row["ranges"]
-        largest = max(ranges.values(), key=lambda each: each["largest_bytes"])
+        largest = max(ranges.values(), key=lambda each: each["reserved_bytes"])
         memory = [f"{each['reserved_bytes'] / GB:.3f} / {each['planned_bytes'] / GB:.3f}" for each in ranges.values()]
         lines.append([
             row["profile"], row["recipe"], row["experts"], f"{row['plan_bytes'] / MB:.1f}", f"{row['seconds']:.0f}",

@@ -35,8 +35,8 @@ LAYERS = {
     "quality": "errors spec tensorfile checkpoint diffusion runtime",
     "quantize": "errors spec formats inputs settings tensorfile checkpoint ops.torch_formats reference serve",
     "compile": (
-        "errors spec fingerprint engine_weights formats inputs settings layout tensorfile checkpoint network ops profiles "
-        "bundle quantize.recipe"
+        "errors spec fingerprint engine_weights formats inputs settings layout tensorfile checkpoint network ops "
+        "profiles bundle quantize.recipe"
     ),
     "serve": "errors spec wire bundle checkpoint diffusion runtime scheduler",
     "gateway": "errors wire",

@@ -3,7 +3,9 @@
 A build takes seconds of a core: whoever asks first builds, the others wait for the same one.
 """
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from canvasrt.bundle.reader import EngineBundle
+from canvasrt.cli.main import main
 from layouts import LAYOUTS, Export, export
 from planning import DEMO, PUBLISHED, ROOT
 from tiny import Dims, write
@@ -33,6 +36,20 @@ def canvasrt(
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=timeout, cwd=cwd, preexec_fn=before
     )
+
+
+def run_here(*arguments: object) -> tuple[int, str, str]:
+    """``canvasrt`` in this process: exit code, standard output, standard error. Raises what would be a traceback."""
+    before, out, said = sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = ["canvasrt", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+            main()
+    except SystemExit as end:
+        return int(end.code or 0), out.getvalue(), said.getvalue()
+    finally:
+        sys.argv = before
+    raise AssertionError("the command line did not end with an exit code")
 
 
 def options(checkpoint: Path, profile: str, out: Path, *more: str) -> list[str]:
