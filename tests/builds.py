@@ -81,7 +81,8 @@ class Builds:
         self._exports: dict[str, Export] = {}
 
     def checkpoint(self, name: str) -> Path:
-        """demo, tiny, tiny-2 (two layers), one of layouts.LAYOUTS (the demo in it), tiny-LAYOUT, wide-N, published."""
+        """demo, one of layouts.LAYOUTS (the demo in it), own-int4 (by canvasrt quantize), tiny, tiny-LAYOUT, wide-N, or
+        published (the 26B's config.json)."""
         if name in ("demo", "published"):
             return DEMO if name == "demo" else PUBLISHED
         return self._once(f"checkpoint-{name}", lambda folder: self._make(name, folder))
@@ -109,8 +110,12 @@ class Builds:
         return Built(source, folder / "out", json.loads(printed), said)
 
     def _make(self, name: str, folder: Path) -> None:
-        if name in ("tiny", "tiny-2"):
-            write(folder, TINY if name == "tiny" else Dims(layers="sf", mlp=48, expert_size=32))
+        if name == "tiny":
+            write(folder, TINY)
+        elif name == "own-int4":
+            arguments = (DEMO, "--recipe", "int4-experts", "--out", folder, "--no-report")
+            done = canvasrt("quantize", *arguments)
+            assert done.returncode == 0, done.stderr
         elif name.startswith(WIDE):
             (folder / "config.json").write_text(json.dumps(widths_of_the_26b(int(name.removeprefix(WIDE)))))
         else:

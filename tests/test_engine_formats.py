@@ -193,6 +193,18 @@ def test_matrices_that_read_one_input_with_one_scale_are_one_product(
         assert (f"{prefix}mlp.gate_proj.weight+up_proj" in names) == fused
 
 
+@pytest.mark.parametrize("layout", ["nvfp4-experts", "fp8"])
+def test_gate_and_up_of_an_expert_read_one_input_by_the_larger_scale(
+    sources: Callable[[int], Path], tmp_path: Path, layout: Layout
+) -> None:
+    def apart(content: Export) -> None:
+        for name, scale in each_scale(content, "up_proj.input_scale"):
+            if ".experts." in name:
+                content.tensors[name] = scale * 1.7
+
+    compare(sources, tmp_path, layout, "capacity", apart)
+
+
 def test_fp8_weights_without_rounded_activations(sources: Callable[[int], Path], tmp_path: Path) -> None:
     content = export(sources(3), "fp8-dynamic")
     content.config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None

@@ -17,7 +17,7 @@ from canvasrt.ops.tensorrt_graph import Graph
 from canvasrt.ops.tensorrt_weights import EngineWeights
 from layouts import LAYOUTS, export
 from tiny import Dims, write
-from trt_surface import ALLOWED_RTX_ONLY, Surface, record, recorded_faults
+from trt_surface import ALLOWED_RTX_ONLY, RECORDED_ENUMS, Surface, record, recorded_faults, static_faults
 
 DIMS = Dims(layers="sf", hidden=64, mlp=96, expert_size=64, vocab=625, full_head_dim=288)
 
@@ -75,3 +75,32 @@ def test_a_build_uses_of_tensorrt_rtx_only_what_the_list_allows(
     assert len(plan) > 100_000
     assert compiled.seconds > 0
     assert recorded_faults(seen, Surface.load(), ALLOWED_RTX_ONLY) == []
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_build_for_a_datacenter_gpu_uses_nothing_of_tensorrt_rtx(
+    tmp_path: Path, filled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the compiling itself, which needs that GPU."""
+    source = ModelSource.open(write(tmp_path / "source", Dims(layers="f")))
+    trt, seen = record(tensorrt_rtx)
+    monkeypatch.setattr(canvasrt.compile.compiler, "load_compiler", lambda name: trt)
+    monkeypatch.setattr(canvasrt.compile.compiler, "_run", lambda *arguments: 0)
+    request = Request(source, engine_shapes(source.spec, 1, 64, 16, 1), MoeShapes("dense"), "tensorrt", 90, filled)
+    with Scratch(tmp_path) as scratch:
+        compiled = compile_text(request, lambda data: 0, scratch, lambda phase, done, total: None, BuildLog())
+    assert {"encoder", "decoder"} == compiled.ranges.keys()
+    assert recorded_faults(seen, Surface.load(), {}) == []
+    assert ("BuilderFlag", "STRIP_PLAN") in {(use.owner, use.name) for use in seen} or filled
+
+
+def test_members_that_the_sources_compute_are_the_same_in_both_compilers(tmp_path: Path) -> None:
+    """So that a member which no test uses is no surprise on a datacenter GPU either."""
+    surface = Surface.load()
+    for (name,) in RECORDED_ENUMS:
+        if name not in ALLOWED_RTX_ONLY:
+            assert set(getattr(tensorrt_rtx, name).__members__) <= set(surface.classes[name]["members"]), name
+    file = tmp_path / "lowering.py"
+    file.write_text("kinds = self.trt.UnaryOperation\ngetattr(kinds, name)\ngetattr(trt.DataType, name)\n")
+    (fault,) = static_faults([file], surface, {})
+    assert fault == "lowering.py:3: a name of TensorRT that is computed is not checked: spell it out"

@@ -109,9 +109,6 @@ class Surface:
         # Class.__init__(self, ...) in a subclass
         return self.fault(replace(call, owner=owner, name=name, positional=call.positional - bool(owner)))
 
-    def is_enumeration(self, names: list[str]) -> bool:
-        return len(names) == 1 and "members" in self.classes.get(names[0], {})
-
     def permits(self, use: Use, allowed: Mapping[str, str]) -> bool:
         """Whether the list has the class or the attribute, under the name of the class or of one it inherits from."""
         owners = {use.owner, *self.lineage(use.owner)}
@@ -141,7 +138,7 @@ def static_faults(
     any_use = False
     for file in files:
         source = _Source(ast.parse(file.read_text(encoding="utf-8")), file, modules)
-        complaints = list(source.complaints(surface, allowed))
+        complaints = list(source.complaints())
         for line, names, call in source.chains():
             any_use = True
             fault = surface.chain_fault(names, call)
@@ -162,17 +159,6 @@ def static_faults(
             found.append(f"ALLOWED_RTX_ONLY: {surface.version} has {entry} too")
         elif entry not in used:
             found.append(f"ALLOWED_RTX_ONLY: {entry} is not used")
-    return found
-
-
-def computed_enumerations(files: Iterable[Path], modules: tuple[str, ...] = MODULE_NAMES) -> set[str]:
-    """Those whose members the sources compute: they must be the same in both compilers, which `static_faults` can't see.
-
-    A record sees the members that a test uses.
-    """
-    found: set[str] = set()
-    for file in files:
-        found.update(_Source(ast.parse(file.read_text(encoding="utf-8")), file, modules).computed())
     return found
 
 
@@ -222,8 +208,8 @@ class _Source:
                 return [*self._names(value), name]
         return []
 
-    def complaints(self, surface: Surface, allowed: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-        """What hides a name from this check. A member of an enumeration may be computed: see `computed_enumerations`."""
+    def complaints(self) -> Iterator[tuple[int, str]]:
+        """What hides a name from this check."""
         for node in self.nodes:
             match node:
                 case ast.ImportFrom(module=str(module), level=0) if module.partition(".")[0] in PACKAGES:
