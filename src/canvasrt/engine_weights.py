@@ -108,7 +108,7 @@ def _plain(array: NDArray[Any], stored: str, wanted: EngineType) -> NDArray[Any]
         return (array.astype(np.uint32) << _FLOAT32_SIGNIFICANT).view(np.float32)
     if stored == "F8_E4M3":  # block scales of a network whose precision is float32
         return _e4m3(array)
-    numbers = array.astype(np.float32)
+    numbers = array.astype(np.float32, copy=False)
     return numbers if wanted == "fp32" else to_bf16(numbers)
 
 

@@ -16,6 +16,7 @@ from canvasrt.ops.tensorrt_graph import Graph, Tensor
 from canvasrt.ops.tensorrt_weights import EngineWeights, Operand
 
 FUSED_HEAD = 256  # largest head_dim that TensorRT has a fused attention kernel for
+LEAST_TOKEN = 1e-30  # largest activation of a token, where that is 0
 _MATRIX, _FLOAT32_BITS = 2, 16
 
 
@@ -287,8 +288,8 @@ class TensorRTOps:
         if form.activations == "token":
             x = self.cast(x, "float32")
             largest = self.max(graph.unary("ABS", x), -1)
-            # A token of zeros would be divided by 0.
-            of_token = self.multiply(self.maximum(largest, float(np.finfo(np.float32).tiny)), 1 / E4M3_MAX)
+            # A token of zeros would be divided by 0, or by a number that a GPU flushes to 0.
+            of_token = self.divide(self.maximum(largest, LEAST_TOKEN), E4M3_MAX)
             x, scale = self.cast(self.divide(x, of_token), "model"), 1.0
         step = graph.literal(scale)
         packed = network.add_quantize(x, step, types.FP8).get_output(0)
