@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from canvasrt.bundle.reader import EngineBundle
@@ -95,7 +96,11 @@ def _plan(file: Path | None, given: dict[str, object]) -> BuildPlan:
     merged = content | given
     if merged.get("weights", "inside") not in Weights.__args__:  # type: ignore[attr-defined]
         raise InputError(f"--weights {merged['weights']} is unknown: inside or stripped")
-    return BuildPlan.model_validate(merged)
+    try:
+        return BuildPlan.model_validate(merged)
+    except ValidationError as error:
+        faults = [f"--{detail['loc'][0]} {detail['input']}: {detail['msg']}" for detail in error.errors()]
+        raise InputError("; ".join(faults)) from None
 
 
 def _moe(text: str) -> Moe:

@@ -27,6 +27,7 @@ from canvasrt.engine_weights import EngineWeight, made
 from canvasrt.errors import InputError
 from canvasrt.fingerprint import fingerprint
 from canvasrt.profiles.profile import GpuProfile, Moe, load_profile
+from canvasrt.quantize.recipe import load_recipe
 
 ENGINE, EMBEDDING_FILE, LOG = "text.engine", "embedding.bin", "build.log"
 _KERNEL_BYTES = 300_000_000  # of a plan, beside its weights
@@ -59,6 +60,8 @@ def prepare(plan: BuildPlan) -> Prepared:
     nearest setting that fits where it does not fit the GPU, and CompileError with the command to run elsewhere where
     the compiler can't run here.
     """
+    if not Path(plan.out).name:
+        raise InputError(f"--out {plan.out} names no folder of its own: give a new one, such as engines/NAME")
     profile = load_profile(plan.profile)
     if plan.moe is not None:
         profile = _with_moe(profile, plan.moe)
@@ -87,12 +90,14 @@ def prepare(plan: BuildPlan) -> Prepared:
 
 
 def _source(plan: BuildPlan, profile: GpuProfile) -> tuple[ModelSource, str]:
-    source, why = chosen_source(Path(plan.checkpoint), profile, plan.recipe)
-    if source.checkpoint is not None and plan.recipe is not None:
+    if plan.recipe not in (None, "none"):
+        load_recipe(str(plan.recipe))  # a name that does not exist is told first
+    if plan.recipe is not None and ModelSource.open(Path(plan.checkpoint)).checkpoint is not None:
         raise InputError(
             f"{plan.checkpoint} has weights, and an engine takes them as they are stored: quantize them first "
             f"(canvasrt quantize {plan.checkpoint} --recipe {plan.recipe}), then build the result without --recipe"
         )
+    source, why = chosen_source(Path(plan.checkpoint), profile, plan.recipe)
     if source.checkpoint is None and plan.weights == "inside":
         source.weights()  # says what is missing
     return source, why
