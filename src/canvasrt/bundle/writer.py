@@ -39,6 +39,12 @@ _MODEL_FILES = (
 )
 
 
+def model_files(checkpoint: Path) -> dict[str, str]:
+    """The files that a bundle takes from a checkpoint, and the SHA-256 of each: they decide what a bundle is, too."""
+    there = [checkpoint / name for name in _MODEL_FILES if (checkpoint / name).is_file()]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in there}
+
+
 class Data(Protocol):
     """Anything that memoryview takes: bytes, an array, what a compiler hands to a stream."""
 

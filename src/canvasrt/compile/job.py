@@ -12,7 +12,7 @@ from typing import Any
 from canvasrt import __version__
 from canvasrt.bundle import manifest as m
 from canvasrt.bundle.reader import EngineBundle, already_built
-from canvasrt.bundle.writer import BundleWriter
+from canvasrt.bundle.writer import BundleWriter, model_files
 from canvasrt.compile.budget import checked_budget
 from canvasrt.compile.buildplan import BuildPlan
 from canvasrt.compile.choices import SETTINGS, Reason, chosen_setting, chosen_source
@@ -72,7 +72,9 @@ def prepare(plan: BuildPlan) -> Prepared:
     shapes = engine_shapes(source.spec, setting.slots, setting.context, setting.chunk, setting.canvases)
     weights: m.WeightsMode = "none" if source.checkpoint is None else plan.weights
     identity = _identity(source)
-    content = plan.model_dump(mode="json", exclude={"checkpoint", "out"})
+    content = plan.model_dump(mode="json", exclude={"checkpoint", "out"}) | {"files": model_files(source.folder)}
+    if plan.recipe not in (None, "none"):
+        content["recipe"] = load_recipe(str(plan.recipe)).model_dump(mode="json")
     build_id = m.build_id(
         canvasrt=__version__,
         compiler=m.Compiler(name=target.compiler, version=target.version),
