@@ -132,8 +132,9 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(os, "pwrite", no_space)
         with pytest.raises(CapacityError) as caught:
             scratch.kept(numbers(seed=1))
-        assert f"can't keep 131,072 bytes of weights in {tmp_path} while compiling" in str(caught.value)
-        assert "Make room on that disk" in str(caught.value)
+        said = str(caught.value)
+        assert f"can't write {tmp_path}: the disk is full" in said
+        assert "at least 131,072 bytes more are needed" in said
         assert np.array_equal(before, numbers())
 
 

@@ -217,6 +217,8 @@ descriptors {
   tensor={ alignment=1 const_payload_size=1048576 dims={ 1024 1024 } name="w" offset=0 rank0=0 region=c type=fp8_e4m3 }
   tensor={ alignment=1 const_payload_size=4 dims={ 1 } name="s" offset=0 rank0=1 region=c strides={ 1 } type=float }
   tensor={ alignment=1 dims={ "n" 8 } mem_prop=0 name="x.1" offset=0 rank0=0 region="" strides={ 1 } type=bf16 }
+  sub_tensor={ base="x.1" const_offset=0 dims={ 1 "n" 8 } name="part of x^deref" offset=0 rank0=0 type=bf16 }
+  sub_tensor={ base="w" const_offset=0 dims={ 512 1024 } name="part of w^deref" offset=0 rank0=0 type=fp8_e4m3 }
   tensor={ alignment=1 dims={ 1024 %d } mem_prop=0 name="t" offset=0 rank0=0 region="devmem_topdown_0" type=%s }
 }
 main {
@@ -240,6 +242,8 @@ shape_main {
         (1152, "bf16", '"w^deref"', True),
         (1152, "bf16", "", False),  # filled with a number
         (1152, "bf16", '"w" "x.1"', False),  # an activation of the same order of size
+        (1152, "bf16", '"w" "part of x^deref"', False),
+        (1152, "bf16", '"part of w^deref"', True),
         (16, "bf16", '"w"', False),  # a table
         (1024, "mystery", '"w"', False),  # nobody knows how large that is
     ],

@@ -63,9 +63,10 @@ def main() -> None:
             raise
         typer.echo(f"error: this command needs {error.name}: pip install 'canvasrt[{OPTIONAL[error.name]}]'", err=True)
         sys.exit(EXIT_INPUT)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            typer.echo("interrupted", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def chosen_source(folder: Path, profile: GpuProfile, recipe: str | None) -> tupl
     chosen = profile.choices.recipe
     if source.checkpoint is None:
         name, why = (chosen.value, chosen.reason) if recipe is None else (recipe, "--recipe")
-    elif recipe is None:
-        return source, "as the checkpoint is stored"
-    elif source.checkpoint.quantization is not None:
+    elif recipe is not None and source.checkpoint.quantization is not None:
         raise InputError(
             f"{folder} is quantized already ({source.quantization}): leave --recipe out, or take the BF16 checkpoint"
         )
+    elif recipe in (None, "none"):
+        return source, "as the checkpoint is stored"
     else:
-        name, why = recipe, "--recipe; the checkpoint is BF16 and would have to be quantized"
+        name, why = str(recipe), "--recipe; the checkpoint is BF16 and would have to be quantized"
     return with_recipe(source, None if name == "none" else load_recipe(name)), why
 
 

@@ -3,6 +3,7 @@
 The only file that drives a compiler; canvasrt.ops.tensorrt_api imports it. Knows nothing of bundles or profiles.
 """
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -143,7 +144,7 @@ def _run(
     trt: ModuleType, builder: Any, network: Any, config: Any, sink: Sink, progress: Progress, log: BuildLog
 ) -> int:
     """The build in a thread of its own: this one has to notice Ctrl-C, and C++ would not let it. Peak memory, bytes."""
-    cancelled = threading.Event()
+    cancelled, finished = threading.Event(), threading.Event()
     failure: list[BaseException] = []
     done: list[bool] = []
     monitor = _monitor(trt, progress, cancelled, failure)
@@ -155,17 +156,19 @@ def _run(
             done.append(bool(builder.build_serialized_network_to_stream(network, config, writer)))
         except BaseException as error:
             failure.append(error)
+        finally:
+            finished.set()
 
-    thread = threading.Thread(target=build, name="compiler")
-    thread.start()
+    threading.Thread(target=build, name="compiler").start()
     peak = 0
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not finished.wait(0.2):  # not join: Python 3.11 takes a thread for ended where Ctrl-C cuts off its join
             peak = max(peak, _memory())
     except BaseException:
         cancelled.set()
-        thread.join()
+        while not finished.is_set():  # it reads our memory to its end, however often Ctrl-C is pressed
+            with contextlib.suppress(KeyboardInterrupt):
+                finished.wait()
         raise
     if failure:
         raise failure[0]

@@ -92,14 +92,13 @@ def prepare(plan: BuildPlan) -> Prepared:
 
 
 def _source(plan: BuildPlan, profile: GpuProfile) -> tuple[ModelSource, str]:
-    if plan.recipe not in (None, "none"):
-        load_recipe(str(plan.recipe))  # a name that does not exist is told first
-    if plan.recipe is not None and ModelSource.open(Path(plan.checkpoint)).checkpoint is not None:
+    folder = Path(plan.checkpoint)
+    source, why = chosen_source(folder, profile, plan.recipe)
+    if plan.recipe not in (None, "none") and ModelSource.open(folder).checkpoint is not None:
         raise InputError(
             f"{plan.checkpoint} has weights, and an engine takes them as they are stored: quantize them first "
             f"(canvasrt quantize {plan.checkpoint} --recipe {plan.recipe}), then build the result without --recipe"
         )
-    source, why = chosen_source(Path(plan.checkpoint), profile, plan.recipe)
     if source.checkpoint is None and plan.weights == "inside":
         source.weights()  # says what is missing
     return source, why

@@ -21,6 +21,7 @@ _TENSOR = re.compile(
     r".*? type=(?P<dtype>\w+) \}$",
     re.MULTILINE,
 )
+_VIEW = re.compile(r'^  sub_tensor=\{ base="([^"]*)".*? name="([^"]*)"', re.MULTILINE)
 _STEP = re.compile(r'^  (?P<kind>\w+)=\{ name=(?P<name>"[^"]*"|\S+)(?P<rest>.*)\}$', re.MULTILINE)
 _INPUTS = re.compile(r" (?:input|input_args)=\{([^}]*)\}")
 _OUTPUTS = re.compile(r" (?:output|output_args)=\{([^}]*)\}")
@@ -79,7 +80,7 @@ class Step:
 
     kind: str  # "function", "fully_connected", "runtime_fusion", ...
     name: str  # of the kernel where it has one: "__myl_CastMulCast"
-    inputs: tuple[str, ...]
+    inputs: tuple[str, ...]  # of tensors: a view counts as the tensor that it looks into
     outputs: tuple[str, ...]
 
 
@@ -176,7 +177,8 @@ def _graph(listing: str) -> Graph:
         for name, size, kind, place, more in _REGION.findall(header)
         if kind == "user" and place == "accelerator" and "constant=true" not in more
     )
-    return Graph(_kind(header), shape_range, regions, tuple(_tensors(descriptors)), tuple(_steps(main)))
+    views = {_plain(name): base for base, name in _VIEW.findall(descriptors)}
+    return Graph(_kind(header), shape_range, regions, tuple(_tensors(descriptors)), tuple(_steps(main, views)))
 
 
 def _kind(header: str) -> GraphKind:
@@ -201,14 +203,19 @@ def _words(text: str) -> list[str]:
     return re.findall(r'"[^"]*"|\S+', text)
 
 
-def _steps(main: str) -> Iterator[Step]:
+def _steps(main: str, views: dict[str, str]) -> Iterator[Step]:
     for match in _STEP.finditer(main):
-        inputs, outputs = _INPUTS.search(match["rest"]), _OUTPUTS.search(match["rest"])
-        yield Step(match["kind"], match["name"].strip('"'), _names(inputs), _names(outputs))
+        inputs, outputs = (_names(each.search(match["rest"]), views) for each in (_INPUTS, _OUTPUTS))
+        yield Step(match["kind"], match["name"].strip('"'), inputs, outputs)
 
 
-def _names(match: re.Match[str] | None) -> tuple[str, ...]:
-    return () if match is None else tuple(name.removesuffix("^deref") for name in _QUOTED.findall(match.group(1)))
+def _names(match: re.Match[str] | None, views: dict[str, str]) -> tuple[str, ...]:
+    names = [] if match is None else map(_plain, _QUOTED.findall(match.group(1)))
+    return tuple(views.get(name, name) for name in names)
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix("^deref")
 
 
 def _copies(graph: Graph, inputs: Collection[str], least_bytes: int) -> Iterator[WeightCopy]:

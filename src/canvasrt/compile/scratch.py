@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from canvasrt.bundle.staging import disk_error
 from canvasrt.engine_weights import ALIGNMENT, Bytes, aligned
-from canvasrt.errors import CapacityError
 
 _ALIGNMENT = 64
 _IN_MEMORY = 1 << 16  # smaller weights are not worth a page
@@ -48,10 +48,7 @@ class Scratch:
                 written = os.pwrite(self._file.fileno(), view[: 1 << 26], place)
                 view, place = view[written:], place + written
         except OSError as error:
-            raise CapacityError(
-                f"can't keep {data.nbytes:,} bytes of weights in {self._folder} while compiling: {error.strerror}. "
-                "Make room on that disk"
-            ) from None
+            raise disk_error(error, self._folder, needed_bytes=data.nbytes) from None
         self._end = start + data.nbytes
         return np.memmap(self._file, np.uint8, mode="r", offset=start, shape=(data.nbytes,)).view(np.ndarray)
 
