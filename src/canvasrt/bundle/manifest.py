@@ -226,7 +226,7 @@ class Manifest(Settings):
     weights: WeightsMode
     options: dict[str, str | int] = Field(default_factory=dict)  # of `canvasrt build` beyond checkpoint, profile, out
     precision: str = Field(min_length=1)
-    kv_type: Literal["bf16", "fp8"]
+    kv_type: Literal["bf16"]
     shapes: Shapes
     moe: Moe
     model: dict[str, JsonValue]  # summary for people
