@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch==' requirements/dev.txt)
 
 # Named by content, not by time: a checkout that changes nothing keeps the environment, one that changes a pin renews it.
-STAMP := .venv/.canvasrt-$(shell cat Makefile pyproject.toml requirements/dev.txt | cksum | cut -d ' ' -f 1)
+STAMP := .venv/.canvasrt-$(shell cat Makefile pyproject.toml requirements/*.txt | cksum | cut -d ' ' -f 1)
 
 .PHONY: help setup demo test check format clean
 
@@ -32,6 +32,8 @@ $(STAMP):
 	$(PIP) install --quiet -r requirements/dev.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	$(PIP) check
+	rm -rf .venv/triton
+	$(PIP) install --quiet --no-deps --target .venv/triton -r requirements/triton.txt
 	@rm -f .venv/.canvasrt-* && touch $@
 
 demo: setup ## set up, then run the demo on this machine's CPU

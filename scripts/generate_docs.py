@@ -1,5 +1,5 @@
 """Writes docs/cli.md, the reference of the command line, from the commands' own definitions, and the table of GPU
-profiles in docs/profiles.md from their files.
+profiles in docs/profiles.md from their files, and triton_repo/ from the declaration of the tensors.
 
     .venv/bin/python scripts/generate_docs.py [--check]
 
@@ -16,10 +16,15 @@ from typing import Any
 
 import typer
 
+from canvasrt import wire
 from canvasrt.cli import main as cli
 from canvasrt.cli import profiles
+from canvasrt.serve.metrics import FAMILIES
+from canvasrt.serve.model_repository import repository_files
+from canvasrt.serve.settings import ServeSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
+MODELS = Path(__file__).parents[1] / "triton_repo"
 COMMAND = ".venv/bin/python scripts/generate_docs.py"
 NAME = "canvasrt"
 
@@ -96,14 +101,53 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def main(arguments: list[str] | None = None, docs: Path = DOCS) -> int:
-    parser = argparse.ArgumentParser(description="Write the generated pages of docs/.")
-    parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
+def with_serving_tables(page: str) -> str:
+    """docs/serving.md with its tables of inputs, outputs, settings and metrics, from where they are declared."""
+
+    def tensors(declared: Iterable[wire.Tensor]) -> str:
+        rows = [
+            (f"`{each.name}`", each.dtype, "1" if each.size == wire.ONE else "any", each.meaning) for each in declared
+        ]
+        return _table(("name", "type", "values", "meaning"), rows)
+
+    fields = ServeSettings.model_fields.items()
+    settings = [
+        (f"`{name}`", "" if field.default is None else f"`{field.default}`", str(field.description))
+        for name, field in fields
+        if name != "model"
+    ]
+    families = [(f"`{each.name}`", each.kind, ", ".join(each.labels), each.meaning) for each in FAMILIES]
+    tables = {
+        "inputs": tensors(wire.INPUTS),
+        "outputs": tensors(wire.OUTPUTS),
+        "settings": _table(("key", "default", "meaning"), settings),
+        "metrics": _table(("name", "kind", "labels", "meaning"), families),
+    }
+    for name, table in tables.items():
+        first, last = f"<!-- Table of {name}; do not edit. -->", f"<!-- End of {name}. -->"
+        before, start, rest = page.partition(first)
+        _, end, after = rest.partition(last)
+        if not start or not end:
+            sys.exit(f"docs/serving.md lacks {first} or {last}")
+        page = f"{before}{first}\n{table}\n{last}{after}"
+    return page
+
+
+def main(arguments: list[str] | None = None, docs: Path = DOCS, models: Path = MODELS) -> int:
+    parser = argparse.ArgumentParser(description="Write the generated files of docs/ and triton_repo/.")
+    parser.add_argument("--check", action="store_true", help="only say whether the files are current")
     check = parser.parse_args(arguments).check
     table = docs / "profiles.md"
     pages = {docs / "cli.md": render()}
     if table.exists():
         pages[table] = profiles.with_table(table.read_text(encoding="utf-8"))
+    serving = docs / "serving.md"
+    if serving.exists():
+        pages[serving] = with_serving_tables(serving.read_text(encoding="utf-8"))
+    names = {page: f"docs/{page.name}" for page in pages}
+    for name, text in repository_files().items():
+        pages[models / name] = text
+        names[models / name] = f"triton_repo/{name}"
     stale = 0
     for page, text in pages.items():
         current = page.read_text(encoding="utf-8") if page.exists() else None
@@ -111,9 +155,10 @@ def main(arguments: list[str] | None = None, docs: Path = DOCS) -> int:
             continue
         if check:
             state = "is missing" if current is None else "does not match its source"
-            print(f"docs/{page.name} {state}. Write it: {COMMAND}", file=sys.stderr)
+            print(f"{names[page]} {state}. Write it: {COMMAND}", file=sys.stderr)
             stale = 1
         else:
+            page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(text, encoding="utf-8")
     return stale
 

@@ -31,7 +31,7 @@ LAYERS = {
     "ops": "errors spec formats layout tensorfile checkpoint engine_weights",
     "network": "errors spec ops.protocol",
     "runtime": "errors spec checkpoint diffusion network ops",
-    "scheduler": "errors spec diffusion runtime.protocol",
+    "scheduler": "errors spec diffusion runtime.protocol runtime.rows",
     "quality": "errors spec tensorfile checkpoint diffusion runtime",
     "quantize": "errors spec formats inputs settings tensorfile checkpoint ops.torch_formats reference serve",
     "compile": (
@@ -39,6 +39,7 @@ LAYERS = {
         "profiles bundle quantize.recipe"
     ),
     "serve": "errors spec wire bundle checkpoint diffusion runtime scheduler",
+    "client": "errors wire",
     "gateway": "errors wire",
     "reference": "errors spec checkpoint diffusion runtime ops network serve",
     "cli": "*",
@@ -53,6 +54,9 @@ THIRD_PARTIES = {
     "modelopt": "quantize/modelopt_model.py",
     "triton_python_backend_utils": "serve/triton_model.py",
     "fastapi": "gateway/app.py",
+    "grpc": "client/connection.py",
+    "tritonclient": "client/connection.py",
+    "matplotlib": "cli/bench_plot.py",
     "typer": "cli/",
     "rich": "cli/",
 }

@@ -117,6 +117,11 @@ class HostEngine:
         check_slot(self.limits, slot)
         return self._length[slot]
 
+    def can_rewind(self, slot: int, length: int) -> bool:
+        return length in (0, self._length[slot]) or (
+            length < self._length[slot] and max(0, length - self.shapes.window) >= self._start[slot]
+        )
+
     def stored(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each."""
         first = self._start[slot] if self.spec.layers[layer].kind == "sliding" else 0

@@ -1,5 +1,6 @@
 """What ``make demo`` runs: loads the demo checkpoint, solves puzzles with the canvas shown live, checks the solutions;
-then quantizes it with ModelOpt, solves them again in NVFP4, and compiles that for an RTX 5090.
+then quantizes it with ModelOpt, solves them again in NVFP4, compiles that for an RTX 5090, and serves the checkpoint
+with Triton.
 
 Exits with 1 when fewer than 95 % of the puzzles are solved, before or after.
 """
@@ -12,10 +13,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from served import solve_over_grpc
 from solve import CHECKPOINT, as_prompt, as_request, count_solved, held_out, solve_all
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.live import LiveView
+from canvasrt.cli.live import LiveView, step_of
 from canvasrt.runtime.generate import run_requests
 from canvasrt.runtime.measure import Tally
 from canvasrt.runtime.torch_runner import TorchRunner
@@ -31,12 +33,14 @@ def show(runner: TorchRunner, source: Checkpoint, codec: TextCodec, puzzles: int
     grids = held_out(1, puzzles, seed=8)[0]
     print(as_prompt(grids) + "\n")
     request = as_request(source, codec, runner.limits.context, as_prompt(grids), seed=1)
-    view = LiveView(codec, 1, delay)
+    view = LiveView(1, delay)
     answer = ""
     for event in run_requests(runner, {0: request}):
-        view.update(event)
         if event.kind == "end":
             answer = codec.decode(event.state.output)
+            view.end(0, answer)
+        elif event.kind == "step":
+            view.show(0, step_of(codec, event.state))
     view.close()
     print(f"{count_solved(answer, grids)} of {puzzles} solved\n")
 
@@ -100,6 +104,11 @@ def main() -> None:
         )
         compile_for_rtx_5090(made.folder)
     print(f"(torch {torch.__version__} on {torch.get_num_threads()} CPU threads, float32)")
+    print("\nThe same checkpoint in a Triton Inference Server, a puzzle over gRPC:\n", flush=True)
+    grids = held_out(1, 1, seed=9)[0]
+    if not solve_over_grpc(grids, delay):
+        sys.exit("the puzzle was not solved over gRPC: run make test")
+    print("solved, and the server is stopped")
     if min(solved, after) < GOAL * arguments.puzzles:
         sys.exit(f"fewer than {GOAL:.0%} solved: the checkpoint or the runtime is damaged; run make test")
 

@@ -27,3 +27,19 @@ class CompileError(CanvasRTError):
 
 class CapacityError(CanvasRTError):
     """A limit of memory, context or slots was reached; the message names the limit."""
+
+
+class BusyError(CapacityError):
+    """A server has no room for another request now; trying again later may help."""
+
+
+class ServerError(CanvasRTError):
+    """A server can't be reached, broke the connection, or failed at a request that was in order."""
+
+
+class TimedOutError(CanvasRTError):
+    """A request was given up because it took longer than it was allowed to."""
+
+
+class CancelledError(CanvasRTError):
+    """A request was cancelled before its answer was complete."""

@@ -1,4 +1,7 @@
-"""``canvasrt bench``: speed of this runtime, and against transformers on the same prompts in the same run."""
+"""``canvasrt bench``: speed of this runtime, and against transformers on the same prompts in the same run.
+
+The figures of a server are `canvasrt.cli.bench_server`'s.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,6 @@ from rich.table import Table
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.cli.common import (
-    CheckpointPath,
     Device,
     Dtype,
     Exact,
@@ -49,7 +51,13 @@ ROWS = {
 
 
 def bench(
-    checkpoint: CheckpointPath,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]",
+            help="Folder of a DiffusionGemma checkpoint. With --url, only its prompts are used, if given.",
+        ),
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="transformers: run it too, on the same prompts, in turns.")
     ] = None,
@@ -58,7 +66,8 @@ def bench(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='Lines of {"prompt": TEXT}; by default prompts.jsonl of the checkpoint, else random token ids.',
+            help='Lines of {"prompt": TEXT}; by default prompts.jsonl of the checkpoint, else random token ids '
+            "(with --url, a few questions).",
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens per request.")] = None,
@@ -66,9 +75,30 @@ def bench(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     exact: Exact = False,
+    url: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Measure the server with this gRPC address instead.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Save the figures and a plot here; with --url.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure tokens/s, steps per canvas, tokens per forward, ms per step and time to first canvas."""
+    """Measure tokens/s, steps per canvas, tokens per forward, ms per step and time to first canvas.
+
+    With --url, measure a server as its clients see it: also request latency and the time between canvases.
+    """
+    if url is not None:
+        _refuse_local(against, device, dtype, exact)
+        from canvasrt.cli.bench_server import Plan, bench_server, prompt_inputs  # here: gRPC may be missing
+
+        beside = checkpoint / PROMPTS if checkpoint is not None else None
+        plan = Plan(url, _levels(concurrency), requests, prompt_inputs(prompts or beside), max_tokens, seed)
+        bench_server(plan, out, as_json)
+        return
+    if checkpoint is None:
+        raise InputError("name a checkpoint's folder, or a server with --url HOST:PORT")
+    if out is not None:
+        raise InputError("--out is for the figures of a server: give --url too, or leave it out")
     if against not in (None, "transformers"):
         raise InputError(f"--against knows transformers only, not {against!r}")
     if against and device != "cpu":
@@ -108,6 +138,13 @@ def bench(
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(runs)
+
+
+def _refuse_local(against: str | None, device: str, dtype: str, exact: bool) -> None:
+    """What only this process could heed."""
+    given = {"--against": against is not None, "--device": device != "cpu", "--dtype": dtype != "float32"}
+    if wrong := [name for name, there in {**given, "--exact": exact}.items() if there]:
+        raise InputError(f"the server behind --url decides on its model: leave {', '.join(wrong)} out")
 
 
 def _run(runner: Any, reference: Any, groups: Sequence[Group], level: int, advance: Any) -> dict[str, Any]:

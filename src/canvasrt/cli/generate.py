@@ -1,8 +1,10 @@
-"""``canvasrt generate``: answers one or more prompts in this process, in one batch."""
+"""``canvasrt generate``: answers one or more prompts in this process, in one batch, or at a server."""
 
 import json
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -10,17 +12,21 @@ import typer
 from numpy.typing import NDArray
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import CheckpointPath, Device, Dtype, Exact, Json, context_for, open_runner, params_for
-from canvasrt.cli.live import LiveView
-from canvasrt.diffusion.params import GenerationConfig, RequestOptions
+from canvasrt.cli.common import Device, Dtype, Exact, Json, context_for, open_runner, params_for
+from canvasrt.cli.live import LiveView, step_of
+from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestParams
 from canvasrt.diffusion.request import RequestState
 from canvasrt.errors import InputError
 from canvasrt.runtime.generate import run_requests
+from canvasrt.runtime.protocol import EngineRunner
 from canvasrt.serve.tokenizer import TextCodec, cut_at_stop
 
 
 def generate(
-    checkpoint: CheckpointPath,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="Folder of a DiffusionGemma checkpoint; not with --url."),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="The user's message; repeat it for a batch; - reads stdin."),
@@ -57,9 +63,15 @@ def generate(
     exact: Exact = False,
     live: Annotated[bool, typer.Option("--live", help="Show the canvas while it is denoised.")] = False,
     delay: Annotated[float, typer.Option(min=0, max=10, help="Seconds to show each step for with --live.")] = 0.1,
+    url: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Ask the server with this gRPC address instead.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which the server gives the request up; with --url.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer prompts with a checkpoint, on this machine and in this process."""
+    """Answer prompts with a checkpoint, on this machine and in this process, or at a server."""
     options = RequestOptions.parse(
         seed=seed, max_tokens=max_tokens, max_denoising_steps=steps, t_min=t_min, t_max=t_max,
         entropy_bound=entropy_bound, stability_threshold=stability_threshold,
@@ -68,14 +80,39 @@ def generate(
     )  # fmt: skip
     if live and as_json:
         raise InputError("--live draws on the terminal and --json writes for programs: choose one")
-    source = Checkpoint.open(checkpoint)
-    config, codec = GenerationConfig.load(source.folder), TextCodec.load(source.folder)
-    prompts = [_tokens(codec, text, system, raw) for text in _texts(prompt)]
-    if any((tokens == source.spec.image_token_id).any() for tokens in prompts):
-        raise InputError("the prompt holds image tokens, and this version reads text only: remove them")
-    room = source.spec.max_context if context is None else context
-    params = [params_for(source, config, options, tokens, room) for tokens in prompts]
-    runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params), exact)
+    if url is not None:
+        _refuse_local(checkpoint, context, device, dtype, exact)
+        from canvasrt.cli.remote import generate_at, inputs_of  # here: gRPC may be missing
+
+        shared = inputs_of(options, timeout)
+        wanted = [{**shared, **_as_input(text, system, raw)} for text in _texts(prompt)]
+        answers = generate_at(url, wanted, live, delay)
+    else:
+        if checkpoint is None:
+            raise InputError("name a checkpoint's folder, or a server with --url HOST:PORT")
+        if timeout is not None:
+            raise InputError("--timeout is for a server: give --url too, or leave it out")
+        source = Checkpoint.open(checkpoint)
+        config, codec = GenerationConfig.load(source.folder), TextCodec.load(source.folder)
+        prompts = [_tokens(codec, text, system, raw) for text in _texts(prompt)]
+        if any((tokens == source.spec.image_token_id).any() for tokens in prompts):
+            raise InputError("the prompt holds image tokens, and this version reads text only: remove them")
+        room = source.spec.max_context if context is None else context
+        params = [params_for(source, config, options, tokens, room) for tokens in prompts]
+        runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params), exact)
+        answers = _run(runner, codec, prompts, params, LiveView(len(prompts), delay) if live else None)
+    for answer in answers:
+        _print(answer, as_json, live)
+
+
+def _run(
+    runner: EngineRunner,
+    codec: TextCodec,
+    prompts: Sequence[NDArray[np.int32]],
+    params: Sequence[RequestParams],
+    view: LiveView | None,
+) -> list[dict[str, object]]:
+    """The answers in the order of the prompts, which run together."""
     requests = {
         index: RequestState.new(each, tokens) for index, (each, tokens) in enumerate(zip(params, prompts, strict=True))
     }
@@ -87,23 +124,37 @@ def generate(
             texts[index] = cut
         return cut is not None
 
-    view = LiveView(codec, len(prompts), delay) if live else None
+    def text(index: int, state: RequestState) -> str:
+        return texts.get(index, codec.decode(state.output))
+
     ends: dict[int, tuple[RequestState, float]] = {}
     started = time.perf_counter()
     try:
-        for event in run_requests(runner, requests, stops if options.stop else None):
+        for event in run_requests(runner, requests, stops if params[0].stop else None):
             if event.kind == "end":
                 shown = view.seconds if view else 0.0
                 ends[event.request] = (event.state, time.perf_counter() - started - shown)
-            if view:
-                view.update(event)
+                if view:
+                    view.end(event.request, text(event.request, event.state))
+            elif view and event.kind == "step":
+                view.show(event.request, step_of(codec, event.state))
     finally:
         if view:
             view.close()  # else an interrupted command leaves the terminal without a cursor
-    for index in requests:
-        state, seconds = ends[index]
-        answer = _answer(texts.get(index, codec.decode(state.output)), state, len(prompts[index]), seconds)
-        _print(answer, as_json, live)
+    return [
+        _answer(text(index, state), state, len(prompts[index]), seconds)
+        for index, (state, seconds) in sorted(ends.items())
+    ]
+
+
+def _refuse_local(checkpoint: Path | None, context: int | None, device: str, dtype: str, exact: bool) -> None:
+    """What only this process could heed."""
+    given = {
+        "CHECKPOINT": checkpoint is not None, "--context": context is not None, "--device": device != "cpu",
+        "--dtype": dtype != "float32", "--exact": exact,
+    }  # fmt: skip
+    if wrong := [name for name, there in given.items() if there]:
+        raise InputError(f"the server behind --url decides on its model: leave {', '.join(wrong)} out")
 
 
 def _texts(prompts: list[str] | None) -> list[str]:
@@ -113,12 +164,23 @@ def _texts(prompts: list[str] | None) -> list[str]:
 
 
 def _tokens(codec: TextCodec, text: str, system: str | None, raw: bool) -> NDArray[np.int32]:
+    return codec.encode(_some(text)) if raw else codec.encode_chat(_messages(text, system))
+
+
+def _as_input(text: str, system: str | None, raw: bool) -> dict[str, object]:
+    """A prompt by its name on the wire."""
+    return {"text_input": _some(text)} if raw else {"messages": _messages(text, system)}
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": _some(text)}]
+
+
+def _some(text: str) -> str:
     if not text.strip():
         raise InputError("the prompt is empty: give some text")
-    if raw:
-        return codec.encode(text)
-    messages = [{"role": "system", "content": system}] if system else []
-    return codec.encode_chat([*messages, {"role": "user", "content": text}])
+    return text
 
 
 def _answer(text: str, state: RequestState, prompt_tokens: int, seconds: float) -> dict[str, object]:

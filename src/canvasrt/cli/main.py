@@ -5,13 +5,17 @@ import sys
 import typer
 
 from canvasrt import __version__
-from canvasrt.cli import bench, build, generate, inspect, plan, profiles, quantize, verify
-from canvasrt.errors import CanvasRTError, CapacityError
+from canvasrt.cli import bench, build, chat, generate, inspect, plan, profiles, quantize, serve, verify
+from canvasrt.errors import CancelledError, CanvasRTError, CapacityError, ServerError, TimedOutError
 
+EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_CAPACITY = 3
 EXIT_INTERRUPTED = 130
-OPTIONAL = {"torch": "torch", "modelopt": "quantize", "safetensors": "quantize"}  # module, extra that installs it
+OPTIONAL = {  # module, extra that installs it
+    "torch": "torch", "modelopt": "quantize", "safetensors": "quantize", "grpc": "client", "tritonclient": "client",
+    "matplotlib": "client",
+}  # fmt: skip
 
 app = typer.Typer(
     name="canvasrt",
@@ -39,6 +43,7 @@ def _common(
 
 
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("quantize")(quantize.quantize)
@@ -46,18 +51,25 @@ app.add_typer(profiles.app, name="profiles")
 app.command("plan")(plan.plan)
 app.command("build")(build.build)
 app.command("inspect")(inspect.inspect)
+app.command("serve")(serve.serve)
+
+
+def _exit_code(error: CanvasRTError) -> int:
+    if isinstance(error, CapacityError):
+        return EXIT_CAPACITY
+    return EXIT_FAILED if isinstance(error, ServerError | TimedOutError | CancelledError) else EXIT_INPUT
 
 
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 a limit was reached, 130 interrupted.
+    Exit codes: 0 done, 1 a check or the server failed, 2 wrong input, 3 a limit was reached, 130 interrupted.
     """
     try:
         app()
     except CanvasRTError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_CAPACITY if isinstance(error, CapacityError) else EXIT_INPUT)
+        sys.exit(_exit_code(error))
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from canvasrt.diffusion.request import RequestState
-from canvasrt.runtime.generate import denoise_row, run_requests
+from canvasrt.runtime.generate import run_requests
 from canvasrt.runtime.protocol import DenoiseResult, EncodeRow, EngineRunner
+from canvasrt.runtime.rows import denoise_row
 
 Floats = NDArray[np.float32]
 Outputs = list[tuple[int, ...]]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from canvasrt.errors import CapacityError
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
 from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
 
@@ -29,9 +30,11 @@ class FakeRunner:
         vocabulary: int = 64,
         eos_token_id: int = 1,
         eos_every: int = 24,
+        window: int = 1 << 30,
     ) -> None:
         self._limits = RunnerLimits(slots, context, chunk, canvas, vocabulary)
         self._eos, self._eos_every = eos_token_id, eos_every
+        self._window = window
         self._contexts: list[NDArray[np.int32]] = [np.zeros(0, np.int32) for _ in range(slots)]
         self._signals: list[tuple[int, bytes]] = [(0, b"")] * slots  # (steps of this canvas, hash of the last one)
         self.calls: list[tuple[str, tuple[int, ...]]] = []
@@ -44,8 +47,16 @@ class FakeRunner:
         check_slot(self._limits, slot)
         return len(self._contexts[slot])
 
+    def can_rewind(self, slot: int, length: int) -> bool:
+        """Only by as much as ``window`` tokens, or to nothing, as sliding layers allow."""
+        held = self.length(slot)
+        return length == 0 or (length <= held and held - length <= self._window)
+
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         check_encode(self._limits, [len(context) for context in self._contexts], rows)
+        for row in rows:
+            if not self.can_rewind(row.slot, row.position):
+                raise CapacityError(f"slot {row.slot} can't be rewound to {row.position} tokens")
         for row in rows:
             self._contexts[row.slot] = np.concatenate([self._contexts[row.slot][: row.position], row.tokens])
         self.calls.append(("encode", tuple(row.slot for row in rows)))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from canvasrt.diffusion.request import RequestState
-from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, EngineRunner
+from canvasrt.runtime.protocol import EncodeRow, EngineRunner
+from canvasrt.runtime.rows import denoise_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +78,6 @@ def _denoise(
         kinds += ["end"] if state.finish_reason else []
         events += [(row.slot, Event(request, kind, state)) for kind in kinds]
     return events
-
-
-def denoise_row(slot: int, state: RequestState, want_logits: bool = False) -> DenoiseRow:
-    """The next step of a request whose context is encoded."""
-    params, canvas = state.params, state.canvas
-    return DenoiseRow(
-        slot=slot,
-        canvas=canvas.tokens,
-        temperature=canvas.temperature(params),
-        uniforms=canvas.uniforms(params),
-        first=canvas.step == params.max_denoising_steps,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        want_logits=want_logits,
-    )
 
 
 @contextmanager

@@ -52,6 +52,9 @@ class TimedRunner:
     def length(self, slot: int) -> int:
         return self._runner.length(slot)
 
+    def can_rewind(self, slot: int, length: int) -> bool:
+        return self._runner.can_rewind(slot, length)
+
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         self._runner.encode(rows)
 

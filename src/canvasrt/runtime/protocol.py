@@ -67,6 +67,10 @@ class EngineRunner(Protocol):
         """Context tokens that the slot holds."""
         ...
 
+    def can_rewind(self, slot: int, length: int) -> bool:
+        """Whether the next tokens may be encoded at position ``length``; always so at 0 and behind the last token."""
+        ...
+
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         """Appends each row's tokens to its slot's context."""
         ...

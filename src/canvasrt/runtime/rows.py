@@ -1,12 +1,28 @@
-"""Checks of rows that every runner makes before it touches its state, so that one bad row harms nobody."""
+"""Rows from the states of requests, and the checks that every runner makes of rows before it touches its own state."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from canvasrt.diffusion.request import RequestState
 from canvasrt.errors import CapacityError, InputError
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, RunnerLimits
+
+
+def denoise_row(slot: int, state: RequestState, want_logits: bool = False) -> DenoiseRow:
+    """The next step of a request whose context is encoded."""
+    params, canvas = state.params, state.canvas
+    return DenoiseRow(
+        slot=slot,
+        canvas=canvas.tokens,
+        temperature=canvas.temperature(params),
+        uniforms=canvas.uniforms(params),
+        first=canvas.step == params.max_denoising_steps,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        want_logits=want_logits,
+    )
 
 
 def check_encode(limits: RunnerLimits, lengths: Sequence[int], rows: Sequence[EncodeRow]) -> None:

@@ -84,9 +84,13 @@ class TorchCache:
         if length == 0:
             self._slots[slot].start = 0
 
+    def can_rewind(self, slot: int, length: int) -> bool:
+        held, start = self._slots[slot].length, self._slots[slot].start
+        return length == 0 or length >= held or max(0, length - self._window) >= start
+
     def check_rewind(self, slot: int, length: int) -> None:
-        start = self._slots[slot].start
-        if 0 < length < self._slots[slot].length and max(0, length - self._window) < start:
+        if not self.can_rewind(slot, length):
+            start = self._slots[slot].start
             raise CapacityError(
                 f"slot {slot} can't be rewound to {length} tokens: its sliding layers keep positions from {start} "
                 f"on only. Rewind to {start + self._window} or more, or release the slot and encode again."

@@ -110,6 +110,9 @@ class TorchRunner:
         check_slot(self._limits, slot)
         return self._lengths()[slot]
 
+    def can_rewind(self, slot: int, length: int) -> bool:
+        return 0 <= length <= self.length(slot) and self._cache.can_rewind(slot, length)
+
     def release(self, slot: int) -> None:
         check_slot(self._limits, slot)
         self._pending.pop(slot, None)
@@ -272,6 +275,11 @@ class TorchRunner:
         size = self._limits.canvas
         self.denoise([DenoiseRow(0, np.zeros(size, np.int32), 1.0, np.zeros(size, np.float32), first=True)])
         self.release(0)
+
+
+def use_threads(count: int) -> None:
+    """CPU threads of every runner in this process; all cores by default."""
+    torch.set_num_threads(count)
 
 
 def torch_device(name: str) -> torch.device:

@@ -63,11 +63,16 @@ def _line(where: str, text: str) -> PromptLine:
             raise InputError(f'{where}: "tokens" must be a list of token ids')
         return PromptLine(where, (), tuple(tokens), answer)
     messages = content.get("messages", [{"role": "user", "content": content.get("prompt")}])
+    return PromptLine(where, tuple(check_messages(where, messages)), answer=answer)
+
+
+def check_messages(where: str, messages: Any) -> list[dict[str, str]]:
+    """A conversation for the chat template. Raises InputError that names ``where`` it stands."""
     if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise InputError(f'{where}: a message is {{"role": {" or ".join(_ROLES)}, "content": TEXT}}')
     if messages[-1]["role"] != "user":
         raise InputError(f"{where}: the last message must be the user's, which the model is to answer")
-    return PromptLine(where, tuple(messages), answer=answer)
+    return messages
 
 
 def encode_prompts(folder: Path, spec: ModelSpec, lines: Sequence[PromptLine], room: int) -> list[NDArray[np.int32]]:

@@ -1,0 +1,181 @@
+"""What Triton over gRPC costs: the same requests through a real server and through the canvas loop in this process.
+
+    .venv/bin/python scripts/bench_serving.py [--concurrency 1,2,4,8,16] [--requests 240] [--threads 1] [--json FILE]
+
+Closed loop: so many workers, each of which sends its next request when the one before has ended. Both sides have the
+same prompts, seeds, settings, threads of the runner and scheduler, and take turns in one run, so that a noisy machine
+is noisy for both. Client, server and runner share this machine's cores. Prints a Markdown table, a row per concurrency;
+exit code 1 when more than one answer in a hundred differs (ties that rounding breaks in another batch).
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from canvasrt.client.connection import Client
+from canvasrt.client.load import Load, figures, run_load
+from canvasrt.client.tensors import Response
+from canvasrt.diffusion.params import RequestOptions, resolve
+from canvasrt.diffusion.request import RequestState
+from canvasrt.scheduler.loop import CanvasLoop, Turn
+from canvasrt.scheduler.types import ENDS, Event, Request
+from canvasrt.serve.model import OpenModel, open_model
+from canvasrt.serve.prompts import encode_prompts, read_prompts
+from canvasrt.serve.settings import ServeSettings
+
+CHECKPOINT = Path(__file__).parents[1] / "examples" / "sudoku" / "checkpoint"
+TURNS = 6
+
+
+class InProcess:
+    """Requests through a `CanvasLoop` without a server; `send` may be called from many threads."""
+
+    def __init__(self, model: OpenModel, prompts: Sequence[Any]) -> None:
+        self._model, self._prompts = model, prompts
+        self._ends: dict[int, SimpleQueue[Event]] = {}
+        self._loop = CanvasLoop(model.runner, model.policy, self._listen)
+
+    def _listen(self, events: Sequence[Event], turn: Turn | None) -> None:
+        for event in events:
+            if event.kind in ENDS:
+                self._ends[event.request].put(event)
+
+    def send(self, number: int, texts: dict[int, str]) -> Iterator[Response]:
+        served, prompt = self._model.served, self._prompts[number % len(self._prompts)]
+        params = resolve(
+            served.config,
+            RequestOptions.parse(seed=number),
+            eos_token_ids=served.spec.eos_token_ids,
+            canvas=served.spec.canvas_length,
+            vocabulary=served.spec.vocab_size,
+            prompt_tokens=len(prompt),
+            context=served.context,
+        )
+        ended: SimpleQueue[Event] = SimpleQueue()
+        self._ends[number] = ended
+        self._loop.submit(Request(number, RequestState.new(params, prompt)))
+        event = ended.get(timeout=120)
+        assert event.kind == "end", event
+        assert served.codec is not None
+        texts[number] = served.codec.decode(event.state.output)
+        yield Response(
+            text_output="",
+            finish_reason=event.state.finish_reason or "",
+            num_input_tokens=len(prompt),
+            num_cached_tokens=event.cached_tokens,
+            num_output_tokens=len(event.state.output),
+            canvas_index=event.state.canvas.index,
+            denoising_steps=event.state.passes,
+            seed=number,
+            is_draft=False,
+            draft_pieces=(),
+            draft_settled=(),
+        )
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concurrency", default="1,2,4,8,16")
+    parser.add_argument("--requests", type=int, default=240, help="per concurrency and side")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the runner, on both sides")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    arguments = parser.parse_args()
+    levels = [int(level) for level in arguments.concurrency.split(",")]
+    settings = [f"slots={max(levels)}", "context=512", f"threads={arguments.threads}", "reuse_prefixes=false"]
+    model = open_model(ServeSettings.parse(CHECKPOINT, settings))
+    lines = read_prompts(CHECKPOINT / "prompts.jsonl")
+    prompts = encode_prompts(CHECKPOINT, model.served.spec, lines, room=model.served.spec.canvas_length)
+    inside = InProcess(model, prompts)
+    command = [sys.executable, "-m", "canvasrt.cli.main", "serve", str(CHECKPOINT), "--json"]
+    ports = ["--http-port", "18400", "--grpc-port", "18401", "--metrics-port", "18402"]
+    options = [text for setting in settings for text in ("--set", setting)]
+    server = subprocess.Popen(
+        [*command, *ports, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert server.stdout is not None
+        ready = json.loads(server.stdout.readline())
+        with Client(ready["grpc"]) as client:
+            rows = [compared(inside, client, lines, level, arguments.requests) for level in levels]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+        inside.close()
+    print(table(rows))
+    print(
+        f"\n{os.cpu_count()} cores, {arguments.threads} of them for the runner; {arguments.requests} requests a side."
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=2) + "\n")
+    return 0 if all(row["same_answers"] >= 0.99 for row in rows) else 1
+
+
+def compared(inside: InProcess, client: Client, lines: Sequence[Any], level: int, requests: int) -> dict[str, Any]:
+    """Both sides at one concurrency, in turns."""
+    mine: dict[int, str] = {}
+    theirs: dict[int, str] = {}
+
+    def over_grpc(number: int) -> Iterator[Response]:
+        messages = json.dumps(list(lines[number % len(lines)].messages))
+        theirs[number] = ""
+        for response in client.generate(messages=messages, seed=number):
+            theirs[number] += response.text_output
+            yield response
+
+    sides: dict[str, Any] = {"in process": lambda number: inside.send(number, mine), "over gRPC": over_grpc}
+    loads: dict[str, list[Load]] = {name: [] for name in sides}
+    share = -(-requests // TURNS)
+    for turn in range(-1, TURNS):  # the first is for warming up
+        for name, send in sides.items():
+            start = max(turn, 0) * share
+            load = run_load(lambda number, send=send, start=start: send(start + number), share, level)
+            if turn >= 0:
+                loads[name].append(load)
+    found = {name: figures(together(each)) for name, each in loads.items()}
+    assert not [each["errors"] for each in found.values() if each["errors"]], found
+    return {
+        "concurrency": level,
+        **found,
+        "ratio": found["over gRPC"]["output_tokens_per_second"] / found["in process"]["output_tokens_per_second"],
+        "same_answers": sum(text == theirs[number] for number, text in mine.items()) / len(mine),
+    }
+
+
+def together(loads: Sequence[Load]) -> Load:
+    outcomes = [outcome for load in loads for outcome in load.outcomes]
+    return Load(loads[0].concurrency, sum(load.seconds for load in loads), outcomes)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    head = (
+        "at once",
+        "in process, tokens/s",
+        "over gRPC, tokens/s",
+        "ratio",
+        "first canvas p50, p99, ms",
+        "latency p50, p99",
+    )
+    out = [f"| {' | '.join(head)}, ms |", "|---" * len(head) + "|"]
+    for row in rows:
+        served = row["over gRPC"]
+        first, latency = served["time_to_first_canvas_ms"], served["request_latency_ms"]
+        out.append(
+            f"| {row['concurrency']} | {row['in process']['output_tokens_per_second']:,.0f} "
+            f"| {served['output_tokens_per_second']:,.0f} | {row['ratio']:.3f} "
+            f"| {first['p50']:.0f}, {first['p99']:.0f} | {latency['p50']:.0f}, {latency['p99']:.0f} |"
+        )
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
