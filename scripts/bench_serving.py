@@ -1,6 +1,6 @@
 """What Triton over gRPC costs: the same requests through a real server and through the canvas loop in this process.
 
-    .venv/bin/python scripts/bench_serving.py [--concurrency 1,2,4,8,16] [--requests 240] [--threads 1] [--json FILE]
+    .venv/bin/python scripts/bench_serving.py [--concurrency 1,2,4,8,16] [--requests 480] [--canvases 5]
 
 Closed loop: so many workers, each of which sends its next request when the one before has ended. Both sides have the
 same prompts, seeds, settings, threads of the runner and scheduler, and take turns in one run, so that a noisy machine
@@ -31,14 +31,14 @@ from canvasrt.serve.prompts import encode_prompts, read_prompts
 from canvasrt.serve.settings import ServeSettings
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "sudoku" / "checkpoint"
-TURNS = 6
+TURNS = 8
 
 
 class InProcess:
     """Requests through a `CanvasLoop` without a server; `send` may be called from many threads."""
 
-    def __init__(self, model: OpenModel, prompts: Sequence[Any]) -> None:
-        self._model, self._prompts = model, prompts
+    def __init__(self, model: OpenModel, prompts: Sequence[Any], options: dict[str, Any]) -> None:
+        self._model, self._prompts, self._options = model, prompts, options
         self._ends: dict[int, SimpleQueue[Event]] = {}
         self._loop = CanvasLoop(model.runner, model.policy, self._listen)
 
@@ -51,7 +51,7 @@ class InProcess:
         served, prompt = self._model.served, self._prompts[number % len(self._prompts)]
         params = resolve(
             served.config,
-            RequestOptions.parse(seed=number),
+            RequestOptions.parse(seed=number, **self._options),
             eos_token_ids=served.spec.eos_token_ids,
             canvas=served.spec.canvas_length,
             vocabulary=served.spec.vocab_size,
@@ -86,8 +86,9 @@ class InProcess:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", default="1,2,4,8,16")
-    parser.add_argument("--requests", type=int, default=240, help="per concurrency and side")
+    parser.add_argument("--requests", type=int, default=480, help="per concurrency and side")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the runner, on both sides")
+    parser.add_argument("--canvases", type=int, help="per request, wherever the model would end; by default as it ends")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     arguments = parser.parse_args()
     levels = [int(level) for level in arguments.concurrency.split(",")]
@@ -95,7 +96,9 @@ def main() -> int:
     model = open_model(ServeSettings.parse(CHECKPOINT, settings))
     lines = read_prompts(CHECKPOINT / "prompts.jsonl")
     prompts = encode_prompts(CHECKPOINT, model.served.spec, lines, room=model.served.spec.canvas_length)
-    inside = InProcess(model, prompts)
+    canvas = model.served.spec.canvas_length
+    more = {} if arguments.canvases is None else {"max_tokens": arguments.canvases * canvas, "ignore_eos": True}
+    inside = InProcess(model, prompts, more)
     command = [sys.executable, "-m", "canvasrt.cli.main", "serve", str(CHECKPOINT), "--json"]
     ports = ["--http-port", "18400", "--grpc-port", "18401", "--metrics-port", "18402"]
     options = [text for setting in settings for text in ("--set", setting)]
@@ -106,21 +109,24 @@ def main() -> int:
         assert server.stdout is not None
         ready = json.loads(server.stdout.readline())
         with Client(ready["grpc"]) as client:
-            rows = [compared(inside, client, lines, level, arguments.requests) for level in levels]
+            rows = [compared(inside, client, lines, more, level, arguments.requests) for level in levels]
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
         inside.close()
     print(table(rows))
+    cores = len(os.sched_getaffinity(0))
     print(
-        f"\n{os.cpu_count()} cores, {arguments.threads} of them for the runner; {arguments.requests} requests a side."
+        f"\nTokens/s and ms. {cores} cores, {arguments.threads} of them for the runner; {arguments.requests} requests."
     )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=2) + "\n")
     return 0 if all(row["same_answers"] >= 0.99 for row in rows) else 1
 
 
-def compared(inside: InProcess, client: Client, lines: Sequence[Any], level: int, requests: int) -> dict[str, Any]:
+def compared(
+    inside: InProcess, client: Client, lines: Sequence[Any], more: dict[str, Any], level: int, requests: int
+) -> dict[str, Any]:
     """Both sides at one concurrency, in turns."""
     mine: dict[int, str] = {}
     theirs: dict[int, str] = {}
@@ -128,7 +134,7 @@ def compared(inside: InProcess, client: Client, lines: Sequence[Any], level: int
     def over_grpc(number: int) -> Iterator[Response]:
         messages = json.dumps(list(lines[number % len(lines)].messages))
         theirs[number] = ""
-        for response in client.generate(messages=messages, seed=number):
+        for response in client.generate(messages=messages, seed=number, **more):
             theirs[number] += response.text_output
             yield response
 
@@ -147,6 +153,7 @@ def compared(inside: InProcess, client: Client, lines: Sequence[Any], level: int
         "concurrency": level,
         **found,
         "ratio": found["over gRPC"]["output_tokens_per_second"] / found["in process"]["output_tokens_per_second"],
+        "steps_per_request": sum(outcome.steps for load in loads["over gRPC"] for outcome in load.outcomes) / len(mine),
         "same_answers": sum(text == theirs[number] for number, text in mine.items()) / len(mine),
     }
 
@@ -159,21 +166,20 @@ def together(loads: Sequence[Load]) -> Load:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     head = (
         "at once",
-        "in process, tokens/s",
-        "over gRPC, tokens/s",
+        "in process",
+        "over gRPC",
         "ratio",
-        "first canvas p50, p99, ms",
+        "steps per request",
+        "first canvas p50, p99",
         "latency p50, p99",
     )
-    out = [f"| {' | '.join(head)}, ms |", "|---" * len(head) + "|"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        served = row["over gRPC"]
-        first, latency = served["time_to_first_canvas_ms"], served["request_latency_ms"]
-        out.append(
-            f"| {row['concurrency']} | {row['in process']['output_tokens_per_second']:,.0f} "
-            f"| {served['output_tokens_per_second']:,.0f} | {row['ratio']:.3f} "
-            f"| {first['p50']:.0f}, {first['p99']:.0f} | {latency['p50']:.0f}, {latency['p99']:.0f} |"
-        )
+        first, latency = row["over gRPC"]["time_to_first_canvas_ms"], row["over gRPC"]["request_latency_ms"]
+        speeds = [f"{row[name]['output_tokens_per_second']:,.0f}" for name in ("in process", "over gRPC")]
+        times = [f"{each['p50']:.0f}, {each['p99']:.0f}" for each in (first, latency)]
+        cells = [str(row["concurrency"]), *speeds, f"{row['ratio']:.3f}", f"{row['steps_per_request']:.1f}", *times]
+        out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 

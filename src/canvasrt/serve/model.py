@@ -1,5 +1,6 @@
 """Opens what is to be served: a checkpoint with its tokenizer and a runner, and how requests share it."""
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,4 +60,6 @@ def open_model(settings: ServeSettings) -> OpenModel:
         patience=settings.patience,
         reuse_prefixes=settings.reuse_prefixes,
     )
+    gc.collect()
+    gc.freeze()  # else every full collection looks through all that torch and transformers made, and stops the loop
     return OpenModel(runner, served, policy)
