@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.request import urlopen
@@ -49,6 +50,7 @@ def solve_over_grpc(grids: list[Grid], delay: float) -> int:
                     answer += response.text_output
         view.end(0, answer)
         view.close()
+        time.sleep(1)  # counters and gauges are written twice a second
         with urlopen(addresses["metrics"], timeout=10) as metrics:
             lines = metrics.read().decode().splitlines()
         wanted = tuple(f"canvasrt_{name}{after}" for name in SHOWN for after in (" ", "{"))
