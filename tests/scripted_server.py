@@ -79,7 +79,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._script = script
         self._pings = pings
 
-    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Message]:  # noqa: N802
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Message]:  # noqa: N802  # gRPC's name
         for request in requests:
             assert request.model_name == wire.MODEL
             assert request.parameters["triton_enable_empty_final_response"].bool_param

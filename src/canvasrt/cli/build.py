@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from pydantic import ValidationError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from canvasrt.bundle.reader import EngineBundle
 from canvasrt.cli.common import Json, errors
@@ -94,7 +94,7 @@ def _plan(file: Path | None, given: dict[str, object]) -> BuildPlan:
     else:
         content = load_plan(file).model_dump()
     merged = content | given
-    if merged.get("weights", "inside") not in Weights.__args__:  # type: ignore[attr-defined]
+    if merged.get("weights", "inside") not in get_args(Weights):
         raise InputError(f"--weights {merged['weights']} is unknown: inside or stripped")
     try:
         return BuildPlan.model_validate(merged)
@@ -117,12 +117,12 @@ def _progress() -> Iterator[Report]:
     """A bar for each phase that the compiler is in; on a terminal only."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total or None)
-            bars.update(tasks[phase], completed=done, total=total or None)  # type: ignore[arg-type]
+            bars.update(tasks[phase], completed=done, total=total or None)
 
         yield report
 

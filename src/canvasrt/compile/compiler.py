@@ -205,7 +205,7 @@ def _logger(trt: ModuleType, log: BuildLog) -> Any:
 
 
 def _writer(trt: ModuleType, sink: Sink, cancelled: threading.Event) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
+    class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]  # the module is a value
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
@@ -219,7 +219,7 @@ def _writer(trt: ModuleType, sink: Sink, cancelled: threading.Event) -> Any:
 
 
 def _monitor(trt: ModuleType, progress: Progress, cancelled: threading.Event, failure: list[BaseException]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # the module is a value
         """The compiler calls this from several threads."""
 
         def __init__(self) -> None:

@@ -21,6 +21,7 @@ from canvasrt.ops.tensorrt_graph import Graph, Tensor
 from canvasrt.spec import ModelSpec
 
 _MATRIX_AXES = 2
+_PACKED: dict[str, EngineType] = {"fp8": "fp8", "nvfp4": "fp4", "int4": "int4"}  # by a checkpoint's format
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class EngineWeights:
         if form.weights == "plain":
             tensor = self._constant(EngineWeight(key, self._model, shape, weights, columns))
             return Operand(tensor, None, form, scale)
-        packed: EngineType = {"fp8": "fp8", "nvfp4": "fp4", "int4": "int4"}[form.weights]  # type: ignore[assignment]
+        packed = _PACKED[form.weights]
         tensor = self._constant(EngineWeight(key, packed, shape, weights, columns))
         one = graph.literal(1.0)
         if form.weights == "fp8":

@@ -136,7 +136,7 @@ class CanvasLoop:
             events = self._scheduler.apply(tick, outcome, ended)
             self._turned = ended
             load = self._scheduler.load
-        self._tell(events, _turn(tick, outcome, ended - started, load))
+        self._tell(events, _report(tick, outcome, ended - started, load))
 
     def _tell(self, events: Sequence[Event], turn: Turn | None) -> None:
         if events or turn:
@@ -153,5 +153,5 @@ class CanvasLoop:
             self._changed.notify_all()
 
 
-def _turn(tick: Tick, outcome: Outcome, seconds: float, load: Load) -> Turn:
+def _report(tick: Tick, outcome: Outcome, seconds: float, load: Load) -> Turn:
     return Turn(sum(len(row.tokens) for row in tick.encode), len(outcome.denoised), seconds, load)

@@ -106,8 +106,6 @@ class _Families:
         if family.name not in self._families:
             kind = {"counter": kinds.COUNTER, "gauge": kinds.GAUGE, "histogram": kinds.HISTOGRAM}[family.kind]
             self._families[family.name] = kinds(name=family.name, description=family.meaning, kind=kind)
-        if family.kind == "histogram":
-            made = self._families[family.name].Metric(labels=dict(labels), buckets=list(family.buckets))
-        else:
-            made = self._families[family.name].Metric(labels=dict(labels))
-        return made  # type: ignore[no-any-return]
+        buckets = {"buckets": list(family.buckets)} if family.kind == "histogram" else {}
+        made: Metric = self._families[family.name].Metric(labels=dict(labels), **buckets)
+        return made
