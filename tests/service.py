@@ -14,6 +14,7 @@ from canvasrt import wire
 from canvasrt.diffusion.params import GenerationConfig
 from canvasrt.runtime.fake import FakeRunner
 from canvasrt.runtime.protocol import EngineRunner
+from canvasrt.scheduler.loop import CanvasLoop
 from canvasrt.scheduler.types import Policy
 from canvasrt.serve.intake import Served
 from canvasrt.serve.metrics import Family, Metrics
@@ -104,7 +105,12 @@ class Desk:
         self.metrics: dict[tuple[str, ...], Recorded] = {}
         self.lines: queue.SimpleQueue[tuple[str, Mapping[str, object]]] = queue.SimpleQueue()
         made = Metrics(self._metric, runner.limits.slots, runner.limits.context)
-        self.service = Service(runner, served, policy, made, lambda event, fields: self.lines.put((event, fields)))
+        self.service = Service(
+            lambda listener: CanvasLoop(runner, policy, listener),
+            served,
+            made,
+            lambda event, fields: self.lines.put((event, fields)),
+        )
 
     def _metric(self, family: Family, labels: Mapping[str, str]) -> Recorded:
         return self.metrics.setdefault((family.name, *labels.values()), Recorded())

@@ -126,7 +126,7 @@ def plant_gelu_by_the_error_function(patch: Patch) -> None:
 
 
 def plant_keys_and_values_exchanged(patch: Patch) -> None:
-    around(patch, GraphCache, "append", lambda f, cache, layer, k, v: f(cache, layer, v, k))
+    around(patch, GraphCache, "attend", lambda f, cache, ops, layer, q, k, v: f(cache, ops, layer, q, v, k))
 
 
 def plant_full_layers_written_where_sliding_ones_are(patch: Patch) -> None:

@@ -10,6 +10,7 @@ from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.attention import Rotary
 from canvasrt.network.moe import Moe, expert_layer, route
 from canvasrt.network.text import Canvas, TextInputs, text_network
+from canvasrt.ops.protocol import Ops
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
@@ -27,30 +28,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @dataclass
 class StackedCache:
-    """Row 0 appends through one call, row 1 through another; shorter keys are padded, and masked by ``mask``."""
+    """Row 0 goes through one call, row 1 through another."""
 
     calls: tuple[CacheCall, CacheCall]
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [call.append(layer, k[i : i + 1], v[i : i + 1]) for i, call in enumerate(self.calls)]
-        longest = max(keys.shape[2] for keys, _ in pairs)
-        stacked = [
-            torch.cat(
-                [torch.nn.functional.pad(pair[which], (0, 0, 0, longest - pair[which].shape[2])) for pair in pairs]
-            )
-            for which in range(2)
-        ]
-        return stacked[0], stacked[1]
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        for call, *row in zip(self.calls, k.split(1), v.split(1), strict=True):
+            call.append(layer, *row)
 
-    def mask(self, kind: str) -> torch.Tensor:
-        plans = [call.plans[kind] for call in self.calls]
-        longest = max(plan.end - plan.begin for plan in plans)
-        rows = []
-        for plan in plans:
-            mask = torch.zeros(1, 1, 1, plan.end - plan.begin) if plan.mask is None else plan.mask
-            mask = mask.expand(-1, -1, CANVAS, -1)
-            rows.append(torch.nn.functional.pad(mask, (0, longest - mask.shape[-1]), value=-torch.inf))
-        return torch.cat(rows)
+    def attend(
+        self, ops: Ops[torch.Tensor], layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        rows = zip(self.calls, q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([call.attend(ops, layer, *row) for call, *row in rows])
 
 
 @torch.inference_mode()
@@ -64,13 +54,13 @@ def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoi
     for runner in (apart, mixed):
         runner.encode([EncodeRow(slot, prompt, 0) for slot, prompt in enumerate(prompts)])
         runner.denoise([DenoiseRow(1, canvas, 0.7, uniforms, first=True)])  # leaves a self-conditioning signal
-        runner._encode_pending([0])
+        runner._encode_pending(0)
     row = DenoiseRow(1, canvas, 0.5, uniforms, first=False, want_logits=True)
     expected = apart.denoise([row])[0]
     apart.encode([EncodeRow(0, chunk, 20)])
 
     cache: TorchCache = mixed._cache
-    calls = (cache.open([0], [CANVAS], CANVAS, canvas=0), cache.open([1], [CANVAS], CANVAS, canvas=CANVAS))
+    calls = (cache.open([(0, CANVAS)], []), cache.open([], [1]))
     stacked = StackedCache(calls)
     rotary = [mixed._rotary_of(call) for call in calls]
     soft = torch.cat([torch.zeros_like(mixed._soft[1]), mixed._soft[1]])
@@ -80,7 +70,6 @@ def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoi
             kind: Rotary(*(torch.cat([getattr(r[kind], part) for r in rotary]) for part in ("cos", "signed_sin")))
             for kind in ("full", "sliding")
         },
-        masks={kind: stacked.mask(kind) for kind in ("full", "sliding")},
         cache=stacked,
         canvas=Canvas(
             soft_embeddings=soft,

@@ -312,6 +312,13 @@ def test_a_full_queue_a_kill_under_load_and_the_end() -> None:
         assert found["BusyError"] == 5
         assert found["ServerError"] == 3
         wait_until(lambda: answers(client), 30, lambda: server.log)
+        with ThreadPoolExecutor(1) as threads:
+            lost = threads.submit(lambda: list(client.generate(**values)))
+            wait_until(lambda: metric(server, "canvasrt_requests_running") == 1, 20, lambda: "nothing runs")
+            os.kill(server.engine(), signal.SIGKILL)
+            with pytest.raises(ServerError, match=r"the engine process has ended \(signal SIGKILL\)"):
+                lost.result(timeout=20)
+        wait_until(lambda: answers(client), 40, lambda: server.log)
         with ThreadPoolExecutor(3) as threads:
             running = [threads.submit(ask, number) for number in range(3)]
             wait_until(lambda: metric(server, "canvasrt_requests_waiting") == 2, 20, lambda: "nothing waits")

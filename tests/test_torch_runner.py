@@ -1,5 +1,7 @@
 """TorchRunner: the contract of every runner, its memory limits, its slots."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +109,56 @@ def test_impossible_settings_are_refused_before_memory_is_taken(source: Checkpoi
 def test_asking_for_cuda_without_a_gpu_says_so(source: Checkpoint) -> None:
     with pytest.raises(InputError, match="no NVIDIA GPU"):
         TorchRunner(source, device="cuda")
+
+
+def test_prompts_join_the_step_of_the_rows_that_denoise_already(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call for two new prompts, their first steps and another row's second; results as if each were alone."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 67, count).astype(np.int32) for count in (17, 5, 11)]
+    canvases = rng.integers(0, 67, (3, 12)).astype(np.int32)
+    uniforms = rng.random((3, 12), dtype=np.float32)
+
+    def row(slot: int, index: int, first: bool) -> DenoiseRow:
+        return DenoiseRow(slot, canvases[index], 0.6, uniforms[index], first, want_logits=True)
+
+    together = TorchRunner(source, slots=3, context=64)
+    together.encode([EncodeRow(1, prompts[1], 0)])
+    together.denoise([row(1, 1, first=True)])
+    together.encode([EncodeRow(slot, prompts[slot], 0) for slot in (2, 0)])
+    calls: list[int] = []
+    original = TorchRunner._run
+
+    def counted(self: TorchRunner, phase: str, parts: list[np.ndarray], *more: object) -> object:
+        calls.append(sum(len(part) for part in parts))
+        return original(self, phase, parts, *more)
+
+    monkeypatch.setattr(TorchRunner, "_run", counted)
+    results = together.denoise([row(2, 2, True), row(0, 0, True), row(1, 1, False)])
+    assert calls == [17 + 11 + 3 * 12]
+    for slot, result in zip((2, 0, 1), results, strict=True):
+        alone = TorchRunner(source, context=64)
+        alone.encode([EncodeRow(0, prompts[slot], 0)])
+        if slot == 1:
+            alone.denoise([row(0, 1, first=True)])
+        (expected,) = alone.denoise([row(0, slot, first=slot != 1)])
+        np.testing.assert_allclose(result.logits, expected.logits, atol=2e-4)
+        np.testing.assert_array_equal(result.sampled, expected.sampled)
+    assert [together.length(slot) for slot in range(3)] == [17, 5, 11]
+
+
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    """In a process of its own, whose allocator nobody else has set."""
+    code = (
+        "import resource, numpy as np; from canvasrt.runtime.allocator import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(50): np.full(200_000, 1.0), np.full(100_000, 2.0)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "kept = keep_freed_memory(); faults(); print(kept, faults())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    assert kept == "True"
+    assert int(faults) < 600  # of 29,000 pages

@@ -61,30 +61,29 @@ def difference(opened: tuple[ReferenceModel, Checkpoint], prompt_length: int = 4
 
 def plant_window_per_query(patch: pytest.MonkeyPatch) -> None:
     """A canvas row sees the window - 1 tokens before itself instead of those before the canvas."""
-    original = canvasrt.runtime.torch_cache.TorchCache._plan
+    original = canvasrt.runtime.torch_cache.TorchCache._whole
 
-    def wrong(self: Any, kind: str, slots: Any, held: Any, counts: Any, width: int, window: Any, canvas: int) -> Any:
-        plan = original(self, kind, slots, held, counts, width, window, canvas)
-        if canvas == 0 or window is None:
-            return plan
-        first = torch.from_numpy(held)
-        query = (first + torch.arange(width)).unsqueeze(-1)
-        key = torch.arange(plan.begin, plan.end)
-        visible = (key >= query - window) & (key < first.unsqueeze(-1) + width)
-        return replace(plan, mask=torch.where(visible, 0.0, -torch.inf).unsqueeze(1))
+    def wrong(self: Any, begin: int, canvases: Any, firsts: list[int], window: Any) -> Any:
+        group = original(self, begin, canvases, firsts, window)
+        if window is None:
+            return group
+        first, width = torch.tensor(firsts).view(-1, 1, 1), canvases[0].count
+        query = first + torch.arange(width).view(-1, 1)
+        key = torch.arange(group.begin, group.end)
+        visible = (key >= query - window) & (key < first + width)
+        return replace(group, mask=torch.where(visible, 0.0, -torch.inf).unsqueeze(1))
 
-    patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_plan", wrong)
+    patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_whole", wrong)
 
 
 def plant_one_more_committed_token(patch: pytest.MonkeyPatch) -> None:
     """The canvas sees ``window`` committed tokens (the static-cache variant) instead of window - 1."""
-    original = canvasrt.runtime.torch_cache.TorchCache._plan
+    original = canvasrt.runtime.torch_cache.TorchCache._whole
 
-    def wrong(self: Any, kind: str, slots: Any, held: Any, counts: Any, width: int, window: Any, canvas: int) -> Any:
-        wider = window + 1 if window is not None and canvas else window
-        return original(self, kind, slots, held, counts, width, wider, canvas)
+    def wrong(self: Any, begin: int, canvases: Any, firsts: list[int], window: Any) -> Any:
+        return original(self, begin, canvases, firsts, None if window is None else window + 1)
 
-    patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_plan", wrong)
+    patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_whole", wrong)
 
 
 def plant_router_reads_the_experts_input(patch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,11 @@ class Server:
         leader = int(self.facts["triton_pid"])
         return [pid for pid in session_of(leader) if pid != leader]
 
+    def engine(self) -> int:
+        """The process with the canvas loop."""
+        (pid,) = (each for each in self.stubs() if b"engine_process" in Path(f"/proc/{each}/cmdline").read_bytes())
+        return pid
+
     def post(self, path: str, body: object = None, timeout: float = 20.0) -> tuple[int, Any]:
         with self.open(path, body, timeout) as answer:
             text = answer.read().decode()

@@ -16,6 +16,7 @@ from canvasrt.network.moe import Formulation, Moe
 from canvasrt.network.names import EMBEDDING
 from canvasrt.network.sampler import Filters
 from canvasrt.network.text import Canvas, TextInputs, TextOutputs, text_network
+from canvasrt.ops.protocol import Ops
 from canvasrt.ops.tensorrt_graph import Graph, Tensor
 from canvasrt.ops.tensorrt_ops import TensorRTOps
 from canvasrt.ops.tensorrt_weights import EngineWeights, Given
@@ -44,12 +45,17 @@ class GraphCache:
     spec: ModelSpec
     inputs: Mapping[str, Tensor]
     writes: dict[LayerKind, Tensor]  # (rows,) int32: where each row's first token goes
+    visible: dict[LayerKind, Tensor]  # (rows, 1, tokens, keys) boolean
     active: Tensor  # (keys,): as long as the part of the full layers' buffers that is in use
     updated: dict[str, Tensor] = field(default_factory=dict)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._append(f"k.{layer}", layer, k)
+        self._append(f"v.{layer}", layer, v)
+
+    def attend(self, ops: Ops[Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._append(f"k.{layer}", layer, k), self._append(f"v.{layer}", layer, v)
-        return keys, values
+        return ops.attention(q, keys, values, self.visible[self.spec.layers[layer].kind])
 
     def _append(self, name: str, layer: int, new: Tensor) -> Tensor:
         graph, kind = self.graph, self.spec.layers[layer].kind
@@ -70,7 +76,8 @@ def describe(
     given = weights.give(EMBEDDING, Given(inputs[EMBEDDING], inputs[EMBEDDING + ROWS]))
     kinds = _kinds(spec)
     writes = {kind: inputs[f"write.{kind}"] for kind in kinds}
-    cache = GraphCache(graph, spec, inputs, writes, inputs["keys"])
+    visible = {kind: _visible(graph, inputs, kind, shapes) for kind in kinds}
+    cache = GraphCache(graph, spec, inputs, writes, visible, inputs["keys"])
     canvas = Canvas(
         soft_embeddings=inputs["soft"],
         temperature=inputs["temperature"],
@@ -82,7 +89,6 @@ def describe(
     call = TextInputs(
         tokens=inputs["tokens"],
         rotary={kind: _rotary(graph, inputs, kind) for kind in kinds},
-        masks={kind: _visible(graph, inputs, kind, shapes) for kind in kinds},
         cache=cache,
         canvas=canvas,
         is_canvas=inputs["is_canvas"],

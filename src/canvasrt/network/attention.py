@@ -1,7 +1,7 @@
 """One attention block: fused projection, per-head norms, rotary embedding, K/V append, grouped attention.
 
 Reference: transformers ``DiffusionGemmaEncoderTextAttention`` and ``DiffusionGemmaDecoderTextAttention``, which differ
-only in what the cache and the mask make visible.
+only in what the cache makes visible.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,10 @@ class Rotary(Generic[T]):
     signed_sin: T  # the first half negated, so that rotate_half is a plain roll
 
 
-def attention_block(
-    ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotary[T], mask: T | None, cache: Cache[T]
-) -> T:
+def attention_block(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotary[T], cache: Cache[T]) -> T:
     """x (rows, tokens, hidden) normed, without the norm's weight: the output projection's result of the same shape."""
     q, k, v = _project(ops, spec, layer, x, rotary)
-    keys, values = cache.append(layer.index, k, v)
-    mixed = ops.attention(q, keys, values, mask)
+    mixed = cache.attend(ops, layer.index, q, k, v)
     return ops.linear(mixed, decoder_layer(layer.index) + "self_attn.o_proj.weight")
 
 

@@ -18,15 +18,21 @@ def transformer_layer(
     layer: LayerSpec,
     x: T,
     rotary: Rotary[T],
-    mask: T | None,
     cache: Cache[T],
     scalar: T,
     moe: Moe[T],
+    kept: T | None = None,
 ) -> tuple[T, T | None]:
     """x (rows, tokens, hidden) and its layer scalar, (1,) or (rows, tokens, 1): (new x, tokens of the busiest expert
-    where `expert_layer` tells)."""
+    where `expert_layer` tells).
+
+    With ``kept``, indices into rows * tokens, only those tokens go on after attention, with scalars of their own: the
+    new x is (kept, hidden).
+    """
     prefix, eps = decoder_layer(layer.index), spec.rms_norm_eps
-    attended = attention_block(ops, spec, layer, ops.rms(x, eps), rotary, mask, cache)
+    attended = attention_block(ops, spec, layer, ops.rms(x, eps), rotary, cache)
+    if kept is not None:
+        x, attended = (ops.take_rows(ops.reshape(each, (-1, spec.hidden_size)), kept) for each in (x, attended))
     x = ops.add_scaled(x, ops.rms(attended, eps), prefix + "post_attention_layernorm.weight")
     # Router, experts and MLP read the same residual through three norms that share everything but the weight.
     normed = ops.rms(ops.reshape(x, (-1, spec.hidden_size)), eps)

@@ -39,10 +39,12 @@ class TextInputs(Generic[T]):
 
     tokens: T  # (rows, tokens) integer
     rotary: dict[LayerKind, Rotary[T]]
-    masks: dict[LayerKind, T | None]
     cache: Cache[T]
     canvas: Canvas[T] | None  # None exactly when the phase is "encoder"
     is_canvas: T | None = None  # (rows, tokens, 1) boolean, only for "mixed"
+    # The last layer computes only head rows after its attention. For lowerings that can tell that there are any: a
+    # compiled kernel may not take none.
+    narrows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,19 @@ def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Pha
     x = _embed(ops, spec, inputs, phase)
     busiest: T | None = None
     for layer in spec.layers:
-        rotary = inputs.rotary[layer.kind]
-        if phase == "encoder" and layer is spec.layers[-1]:
+        rotary, is_last = inputs.rotary[layer.kind], layer is spec.layers[-1]
+        if phase == "encoder" and is_last:
             context_tail(ops, spec, layer, x, rotary, inputs.cache)
             break
-        scalar = _scalar(ops, layer.index, inputs, phase)
-        x, more = transformer_layer(ops, spec, layer, x, rotary, inputs.masks[layer.kind], inputs.cache, scalar, moe)
+        kept = inputs.canvas.head_rows if is_last and inputs.narrows and inputs.canvas is not None else None
+        scalar = _scalar(ops, layer.index, inputs, phase if kept is None else "decoder")
+        x, more = transformer_layer(ops, spec, layer, x, rotary, inputs.cache, scalar, moe, kept)
         if more is not None:
             busiest = more if busiest is None else ops.maximum(busiest, more)
     if inputs.canvas is None:
         return TextOutputs(None, busiest)
     rows = ops.reshape(x, (-1, spec.hidden_size))
-    if inputs.canvas.head_rows is not None:
+    if inputs.canvas.head_rows is not None and not inputs.narrows:
         rows = ops.take_rows(rows, inputs.canvas.head_rows)
     hidden = norm(ops, spec, rows, FINAL_NORM)
     canvas = inputs.canvas

@@ -198,11 +198,12 @@ class Ops(Protocol[T]):
 
 
 class Cache(Protocol[T]):
-    """The K and V memory of one call: which rows, written where, and how much of it is visible."""
+    """The K and V memory of one call: which rows, written where, and what each token sees."""
 
-    def append(self, layer: int, k: T, v: T) -> tuple[T, T]:
-        """Writes k, v (rows, tokens, kv_heads, dim) behind each row's context.
+    def append(self, layer: int, k: T, v: T) -> None:
+        """Writes k, v (rows, tokens, kv_heads, dim) behind each row's context."""
+        ...
 
-        Returns the keys and values to attend to.
-        """
+    def attend(self, ops: Ops[T], layer: int, q: T, k: T, v: T) -> T:
+        """Writes k and v, then lets q (rows, tokens, heads, dim) attend: (rows, tokens, heads * dim)."""
         ...

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from canvasrt.errors import CapacityError
+from canvasrt.ops.protocol import Ops
 from canvasrt.ops.torch_formats import round_kv
 from canvasrt.runtime.memory import sliding_rows
 from canvasrt.runtime.protocol import RunnerLimits
@@ -46,6 +47,7 @@ class TorchCache:
         """``rounds_to_fp8``: K and V are kept as numbers that an FP8 cache could hold."""
         self._rounds_to_fp8 = rounds_to_fp8
         self._window = spec.sliding_window - 1  # committed tokens that a token sees before itself
+        self._canvas = limits.canvas
         self._layers = spec.layers
         self._device = device
         self._dtype = dtype
@@ -53,18 +55,17 @@ class TorchCache:
         self._last_call: CacheCall
         self.rows: dict[LayerKind, int] = {"full": limits.context, "sliding": sliding_rows(spec, limits)}
         self._slots = [_Slot() for _ in range(limits.slots)]
-        # One more row than the slots have: padding of ragged calls is written there.
         self._flat = [
             [
                 torch.zeros(
-                    limits.slots * self.rows[layer.kind] + 1, layer.kv_heads, layer.head_dim, device=device, dtype=dtype
+                    limits.slots * self.rows[layer.kind], layer.kv_heads, layer.head_dim, device=device, dtype=dtype
                 )
                 for _ in range(2)
             ]
             for layer in spec.layers
         ]
         self._views = [
-            [flat[:-1].view(limits.slots, self.rows[layer.kind], *flat.shape[1:]) for flat in pair]
+            [flat.view(limits.slots, self.rows[layer.kind], *flat.shape[1:]) for flat in pair]
             for layer, pair in zip(spec.layers, self._flat, strict=True)
         ]
 
@@ -100,76 +101,90 @@ class TorchCache:
         """The ``count`` tokens last written belong to the context now."""
         self._slots[slot].length += count
 
-    def open(self, slots: Sequence[int], counts: Sequence[int], width: int, canvas: int) -> "CacheCall":
-        """Prepares a call that writes counts[i] <= width tokens behind the context of slots[i].
+    def open(self, pieces: Sequence[tuple[int, int]], canvases: Sequence[int]) -> "CacheCall":
+        """Prepares a call: of each slot in ``pieces`` so many tokens that join its context, then whole ``canvases``.
 
-        The last ``canvas`` tokens of each row are a canvas, the ones before join the context.
+        The call's tokens are one sequence, the pieces one after another and then the canvases, without padding. A slot
+        may bring both; its canvas lies behind its piece.
         """
-        for slot, count in zip(slots, counts, strict=True):
-            self._make_room(slot, count)
-        states = [self._slots[slot] for slot in slots]
-        key = (tuple(slots), tuple((s.length, s.start) for s in states), tuple(counts), width, canvas)
+        joining = dict(pieces)
+        for slot in {*joining, *canvases}:
+            self._make_room(slot, joining.get(slot, 0) + (self._canvas if slot in canvases else 0))
+        used = sorted({*joining, *canvases})
+        states = tuple((slot, self._slots[slot].length, self._slots[slot].start) for slot in used)
+        key = (tuple(pieces), tuple(canvases), states)
         if key == self._last_key:
             return self._last_call  # the steps of a canvas share everything but the tokens
-        held = np.array([[s.length] for s in states])
-        start = np.array([[s.start] for s in states])
+        sequences = [_Sequence(slot, self._slots[slot].length, count) for slot, count in pieces]
+        behind = [self._slots[slot].length + joining.get(slot, 0) for slot in canvases]
+        rows = [_Sequence(slot, first, self._canvas) for slot, first in zip(canvases, behind, strict=True)]
         call = CacheCall(
             self,
             {
-                "full": self._plan("full", slots, held, counts, width, None, canvas),
-                "sliding": self._plan("sliding", slots, held - start, counts, width, self._window, canvas),
+                "full": self._plan("full", sequences, rows, None),
+                "sliding": self._plan("sliding", sequences, rows, self._window),
             },
-            positions=held + np.arange(width),
+            positions=np.concatenate([np.arange(each.first, each.first + each.count) for each in (*sequences, *rows)]),
         )
         self._last_key, self._last_call = key, call
         return call
 
     def _plan(
-        self,
-        kind: LayerKind,
-        slots: Sequence[int],
-        held: Ints,
-        counts: Sequence[int],
-        width: int,
-        window: int | None,
-        canvas: int,
+        self, kind: LayerKind, pieces: "Sequence[_Sequence]", canvases: "Sequence[_Sequence]", window: int | None
     ) -> "_Plan":
-        """``held`` (rows, 1): buffer rows in use; ``window``: committed tokens that a token sees, None for all."""
-        rows = self.rows[kind]
-        if len(slots) == 1 and counts[0] == canvas == width:  # one canvas alone: all it reads is visible to all of it
-            slot, first = slots[0], int(held[0, 0])
-            place = slice(slot * rows + first, slot * rows + first + width)
-            begin = 0 if window is None else max(0, first - window)
-            return _Plan(None, place, None, slice(slot, slot + 1), begin, first + width, None)
-        count = np.array(counts).reshape(-1, 1)
-        column = np.arange(width)
-        padding_row = len(self._slots) * rows
-        write = np.array(slots).reshape(-1, 1) * rows + held + column
-        write = np.where(column < count, write, padding_row)
-        # Every canvas token sees the same committed tokens and the whole canvas: not a window per query. Padding looks
-        # where the last real token does: an empty row of the mask would make NaN.
-        seen_by = column[:1] if canvas == width else column
-        query = (held + np.minimum(seen_by, count - max(canvas, 1)))[..., None]  # (rows, width or 1, 1)
-        low = np.maximum(query - window, 0) if window is not None else np.zeros_like(query)
-        in_canvas = ((seen_by >= count - canvas) & (canvas > 0))[..., None]
-        high = np.where(in_canvas, (held + count - 1)[..., None], query)
-        begin, end = int(low.min()), int((held + count).max())
-        key = np.arange(begin, end)
-        visible = (key >= low) & (key <= high)  # (rows, width or 1, keys)
+        """``window``: committed tokens that a token sees, None for all."""
+        rows, groups, places = self.rows[kind], [], []
+        starts = {each.slot: self._slots[each.slot].start if kind == "sliding" else 0 for each in (*pieces, *canvases)}
+        for each in (*pieces, *canvases):
+            first = each.slot * rows + each.first - starts[each.slot]
+            places.append(np.arange(first, first + each.count))
+        begin = 0
+        for piece in pieces:
+            groups.append(self._causal(begin, piece, piece.first - starts[piece.slot], window))
+            begin += piece.count
+        if canvases:
+            groups.append(self._whole(begin, canvases, [each.first - starts[each.slot] for each in canvases], window))
+        write = np.concatenate(places)
+        one_piece = write[-1] - write[0] == len(write) - 1 and bool((np.diff(write) == 1).all())
+        return _Plan(
+            write=None if one_piece else torch.from_numpy(write).to(self._device),
+            write_range=slice(int(write[0]), int(write[-1]) + 1) if one_piece else None,
+            groups=tuple(groups),
+        )
+
+    def _causal(self, begin: int, piece: "_Sequence", first: int, window: int | None) -> "_Group":
+        """Tokens that see what comes before them; ``first`` is the buffer row of the first."""
+        query = np.arange(first, first + piece.count)[:, None]
+        low = np.zeros_like(query) if window is None else np.maximum(query - window, 0)
+        key = np.arange(int(low.min()), first + piece.count)
+        visible = (key >= low) & (key <= query)
+        return self._group(begin, [piece], int(key[0]), first + piece.count, visible[None])
+
+    def _whole(self, begin: int, canvases: "Sequence[_Sequence]", firsts: list[int], window: int | None) -> "_Group":
+        """Canvases: all tokens of one see the same committed tokens and the whole canvas, not a window of their own."""
+        first = np.array(firsts).reshape(-1, 1, 1)
+        low = np.zeros_like(first) if window is None else np.maximum(first - window, 0)
+        key = np.arange(int(low.min()), int(first.max()) + self._canvas)
+        visible = (key >= low) & (key < first + self._canvas)
+        return self._group(begin, canvases, int(key[0]), int(key[-1]) + 1, visible)
+
+    def _group(
+        self, begin: int, sequences: "Sequence[_Sequence]", low: int, high: int, visible: NDArray[np.bool_]
+    ) -> "_Group":
+        """``visible`` (rows, tokens or 1, keys)."""
         mask = None
         if not visible.all():
             added = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
             mask = torch.from_numpy(added).to(self._device, self._dtype)
-        neighbours = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        return _Plan(
-            write=torch.from_numpy(write.reshape(-1)).to(self._device),
-            write_range=slice(int(write[0, 0]), int(write[0, 0]) + width)
-            if len(slots) == 1 and counts[0] == width
-            else None,
-            slots=torch.tensor(slots, device=self._device),
+        slots = [each.slot for each in sequences]
+        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
+        return _Group(
+            tokens=slice(begin, begin + sum(each.count for each in sequences)),
+            slots=None if neighbours else torch.tensor(slots, device=self._device),
             slot_range=slice(slots[0], slots[0] + len(slots)) if neighbours else None,
-            begin=begin,
-            end=end,
+            rows=len(slots),
+            begin=low,
+            end=high,
             mask=mask,
         )
 
@@ -183,21 +198,26 @@ class TorchCache:
     def kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (round_kv(k), round_kv(v)) if self._rounds_to_fp8 else (k, v)
 
-    def places(self, layer: int, plans: "dict[LayerKind, _Plan]") -> "tuple[_Place, _Place]":
-        """Where a call's K and V of one layer go, and what it sees of the buffers."""
+    def buffers(self, layer: int, plans: "dict[LayerKind, _Plan]") -> "tuple[_Buffer, _Buffer, _Plan]":
+        """A call's use of the K and the V buffer of one layer."""
         plan = plans[self._layers[layer].kind]
-        return self._place(layer, 0, plan), self._place(layer, 1, plan)
+        keys, values = (self._buffer(layer, which, plan) for which in range(2))
+        return keys, values, plan
 
-    def _place(self, layer: int, which: int, plan: "_Plan") -> "_Place":
+    def _buffer(self, layer: int, which: int, plan: "_Plan") -> "_Buffer":
         flat, view = self._flat[layer][which], self._views[layer][which]
-        one_row = seen = None
+        one_piece = None
         if plan.write_range is not None:
             start, stop = plan.write_range.start, plan.write_range.stop
-            one_row = flat.narrow(0, start, stop - start).unsqueeze(0)
-        if plan.slot_range is not None:
-            first, count = plan.slot_range.start, plan.slot_range.stop - plan.slot_range.start
-            seen = view.narrow(0, first, count).narrow(1, plan.begin, plan.end - plan.begin).transpose(1, 2)
-        return _Place(plan, flat, view, one_row, seen)
+            one_piece = flat.narrow(0, start, stop - start).unsqueeze(0)
+        seen: list[Tensor | None] = []
+        for group in plan.groups:
+            if group.slot_range is None:
+                seen.append(None)
+            else:
+                rows = view.narrow(0, group.slot_range.start, group.rows)
+                seen.append(rows.narrow(1, group.begin, group.end - group.begin).transpose(1, 2))
+        return _Buffer(plan, flat, view, one_piece, tuple(seen))
 
     def _make_room(self, slot: int, count: int) -> None:
         """Moves the visible window to the front of the slot's sliding buffers when ``count`` tokens
@@ -217,57 +237,92 @@ class TorchCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """One call's use of the buffers of one kind of layer."""
+class _Sequence:
+    """Tokens that a call adds behind what a slot holds."""
 
-    write: Tensor | None  # (rows * width,) flat row that each new token goes to
-    write_range: slice | None  # the same, for a single row without padding: a plain copy
+    slot: int
+    first: int  # position of the first of them
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows of equal length that attend together: one piece of a context, or all canvases of a call."""
+
+    tokens: slice  # of the call's sequence
+    rows: int
     slots: Tensor | None  # (rows,)
     slot_range: slice | None  # the same, when the slots are neighbours: then reading copies nothing
     begin: int  # buffer rows read: [begin, end)
     end: int
-    mask: Tensor | None  # (rows, 1, width or 1, end - begin) added to the scores; None: everything read is visible
+    mask: Tensor | None  # (rows, 1, tokens of a row or 1, end - begin), added; None: everything read is visible
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Plan:
+    """One call's use of the buffers of one kind of layer."""
+
+    write: Tensor | None  # (tokens,) flat row that each new token goes to
+    write_range: slice | None  # the same, where they lie in one piece: a plain copy
+    groups: tuple[_Group, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
     """One call's use of one buffer; the views are made once and serve all steps of a canvas."""
 
     plan: _Plan
     flat: Tensor  # (all rows of all slots, kv_heads, dim)
     view: Tensor  # (slots, rows, kv_heads, dim)
-    one_row: Tensor | None  # (1, width, kv_heads, dim): a view of what is written, when it is one piece
-    seen: Tensor | None  # (rows, kv_heads, keys, dim): a view of what is read, when the slots are neighbours
+    one_piece: Tensor | None  # (1, tokens, kv_heads, dim): a view of what is written
+    seen: tuple[Tensor | None, ...]  # by group, (rows, kv_heads, keys, dim): a view of what is read
 
-    def write(self, new: Tensor) -> Tensor:
-        """Stores new (rows, tokens, kv_heads, dim) and returns what the call sees, (rows, kv_heads, keys, dim)."""
-        if self.one_row is not None:
-            self.one_row.copy_(new)
+    def write(self, new: Tensor) -> None:
+        """Stores new (1, tokens, kv_heads, dim)."""
+        if self.one_piece is not None:
+            self.one_piece.copy_(new)
         else:
             assert self.plan.write is not None  # one of the two is there
-            self.flat.index_copy_(0, self.plan.write, new.reshape(-1, *self.flat.shape[1:]))
-        if self.seen is not None:
-            return self.seen
-        assert self.plan.slots is not None  # one of the two is there
-        return self.view[:, self.plan.begin : self.plan.end].index_select(0, self.plan.slots).transpose(1, 2)
+            self.flat.index_copy_(0, self.plan.write, new[0])
+
+    def read(self, index: int) -> Tensor:
+        """What the group of that index sees, (rows, kv_heads, keys, dim)."""
+        seen, group = self.seen[index], self.plan.groups[index]
+        if seen is not None:
+            return seen
+        assert group.slots is not None  # one of the two is there
+        return self.view[:, group.begin : group.end].index_select(0, group.slots).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCall:
-    """Implements canvasrt.ops.protocol.Cache for one call."""
+    """Implements canvasrt.ops.protocol.Cache for one call, whose tokens are one row (1, tokens)."""
 
     cache: TorchCache
     plans: "dict[LayerKind, _Plan]"
-    positions: Ints  # (rows, tokens) of the new tokens
-    _places: dict[int, tuple[_Place, _Place]] = field(default_factory=dict)
+    positions: Ints  # (tokens,) of the new tokens
+    _buffers: dict[int, tuple[_Buffer, _Buffer, _Plan]] = field(default_factory=dict)
 
-    @property
-    def masks(self) -> dict[LayerKind, Tensor | None]:
-        return {kind: plan.mask for kind, plan in self.plans.items()}
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        places = self._places.get(layer)
-        if places is None:
-            places = self._places[layer] = self.cache.places(layer, self.plans)
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        keys, values, _ = self._of(layer)
         k, v = self.cache.kept(k, v)
-        return places[0].write(k), places[1].write(v)
+        keys.write(k)
+        values.write(v)
+
+    def attend(self, ops: Ops[Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.append(layer, k, v)  # of all groups: a canvas sees the piece before it
+        keys, values, plan = self._of(layer)
+        results = []
+        for index, group in enumerate(plan.groups):
+            queries = q
+            if len(plan.groups) > 1 or group.rows > 1:
+                queries = q[0, group.tokens].view(group.rows, -1, *q.shape[2:])
+            mixed = ops.attention(queries, keys.read(index), values.read(index), group.mask)
+            results.append(mixed if group.rows == 1 else mixed.view(1, -1, mixed.shape[-1]))
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def _of(self, layer: int) -> tuple[_Buffer, _Buffer, _Plan]:
+        found = self._buffers.get(layer)
+        if found is None:
+            found = self._buffers[layer] = self.cache.buffers(layer, self.plans)
+        return found

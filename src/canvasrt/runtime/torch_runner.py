@@ -1,6 +1,6 @@
 """EngineRunner on torch: the CPU development runtime, and the check of other runners on any NVIDIA GPU.
 
-Float32 on a CPU by default. Rows of one call are computed as one padded batch; padding is masked.
+Float32 on a CPU by default. All tokens of a call are one sequence without padding; only attention tells rows apart.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from canvasrt.network.text import Canvas, Phase, TextInputs, text_network
 from canvasrt.ops.torch_exact import ExactTorchOps
 from canvasrt.ops.torch_ops import TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
+from canvasrt.runtime.allocator import keep_freed_memory
 from canvasrt.runtime.memory import MemoryBudget, check_budget
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
 from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
@@ -75,6 +76,8 @@ class TorchRunner:
             canvas=spec.canvas_length,
             vocabulary=spec.vocab_size,
         )
+        if self._device.type == "cpu":
+            keep_freed_memory()
         torch_dtype = DTYPES[dtype]
         available = available_bytes(self._device)
         self.memory: MemoryBudget = check_budget(spec, self._limits, torch_dtype.itemsize, available)
@@ -121,7 +124,7 @@ class TorchRunner:
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """K and V that a layer keeps of a slot's context, (tokens, kv_heads, head_dim) each: for verification."""
-        self._encode_pending([slot])
+        self._encode_pending(slot)
         return self._cache.stored(layer, slot)
 
     @torch.inference_mode()
@@ -140,7 +143,7 @@ class TorchRunner:
             left.append((row.slot, np.concatenate([kept, row.tokens])))
         chunk = self._limits.chunk
         while longer := [(slot, tokens) for slot, tokens in left if len(tokens) > chunk]:
-            self._encode_pieces([slot for slot, _ in longer], [tokens[:chunk] for _, tokens in longer])
+            self._encode_pieces([(slot, tokens[:chunk]) for slot, tokens in longer])
             left = [(slot, tokens[chunk:] if len(tokens) > chunk else tokens) for slot, tokens in left]
         self._pending.update(left)
 
@@ -148,67 +151,62 @@ class TorchRunner:
         return [length + len(self._pending.get(slot, _NOTHING)) for slot, length in enumerate(self._cache.lengths())]
 
     @torch.inference_mode()
-    def _encode_pending(self, slots: Sequence[int]) -> None:
-        waiting = [slot for slot in slots if slot in self._pending]
-        if waiting:
-            self._encode_pieces(waiting, [self._pending.pop(slot) for slot in waiting])
+    def _encode_pending(self, slot: int) -> None:
+        if slot in self._pending:
+            self._encode_pieces([(slot, self._pending.pop(slot))])
 
-    def _encode_pieces(self, slots: list[int], pieces: list[NDArray[np.int32]]) -> None:
-        counts = [len(piece) for piece in pieces]
-        width = max(counts)
-        tokens = np.zeros((len(pieces), width), dtype=np.int32)
-        for row, piece in zip(tokens, pieces, strict=True):
-            row[: len(piece)] = piece
-        call = self._cache.open(slots, counts, width, canvas=0)
-        self._run("encoder", torch.from_numpy(tokens).to(self._device), call, None)
-        for slot, count in zip(slots, counts, strict=True):
-            self._cache.commit(slot, count)
+    def _encode_pieces(self, pieces: list[tuple[int, NDArray[np.int32]]]) -> None:
+        call = self._cache.open([(slot, len(tokens)) for slot, tokens in pieces], [])
+        self._run("encoder", [tokens for _, tokens in pieces], call, None)
+        for slot, tokens in pieces:
+            self._cache.commit(slot, len(tokens))
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
         check_denoise(self._limits, self._lengths(), rows)
         if not rows:
             return []
-        # The sampler looks for limits in the last rows only.
-        order = sorted(range(len(rows)), key=lambda index: self._is_limited(rows[index]))
+        # The sampler looks for limits in the last rows only, and neighbouring slots are read without a copy.
+        order = sorted(range(len(rows)), key=lambda index: (self._is_limited(rows[index]), rows[index].slot))
         results = self._denoise([rows[index] for index in order])
         return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
     def _denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
         size = self._limits.canvas
         slots = [row.slot for row in rows]
-        if len(rows) > 1:
-            self._encode_pending(slots)
-        # One row takes the tokens that wait to be encoded along: a prompt costs one call with the first step, not two.
-        context = self._pending.pop(slots[0], _NOTHING)
-        width = len(context) + size
-        call = self._cache.open(slots, [width] * len(rows), width, canvas=size)
-        tokens = np.stack([np.concatenate([context, row.canvas]) if len(context) else row.canvas for row in rows])
+        # Tokens that wait to be encoded come along: a prompt costs one call with the first step, not one of its own.
+        pieces = [(slot, self._pending.pop(slot)) for slot in slots if slot in self._pending]
+        joining = sum(len(tokens) for _, tokens in pieces)
+        call = self._cache.open([(slot, len(tokens)) for slot, tokens in pieces], slots)
+        tokens = [*(tokens for _, tokens in pieces), *(row.canvas for row in rows)]
         signals = self._signals(rows)
         canvas = Canvas(
-            soft_embeddings=functional.pad(signals, (0, 0, len(context), 0)) if len(context) else signals,
+            soft_embeddings=functional.pad(signals, (0, 0, joining, 0)) if joining else signals,
             temperature=self._per_token(rows, [row.temperature for row in rows]),
             uniforms=torch.from_numpy(np.concatenate([row.uniforms for row in rows])).to(self._device).view(-1, 1),
             filters=self._filters(rows),
-            head_rows=torch.arange(len(context), width, device=self._device) if len(context) else None,
+            head_rows=torch.arange(joining, joining + len(rows) * size, device=self._device) if joining else None,
         )
-        phase: Phase = "mixed" if len(context) else "decoder"
-        prediction = self._run(phase, torch.from_numpy(tokens).to(self._device), call, canvas)
+        prediction = self._run("mixed" if joining else "decoder", tokens, call, canvas)
         assert prediction is not None  # only the encoder phase predicts nothing
-        self._cache.commit(slots[0], len(context))
-        soft = prediction.soft_embeddings.view(len(rows), size, -1)
+        for slot, piece in pieces:
+            self._cache.commit(slot, len(piece))
+        soft = prediction.soft_embeddings.view(len(rows), 1, size, -1)
         for index, slot in enumerate(slots):
-            self._soft[slot] = soft[index : index + 1]
+            self._soft[slot] = soft[index]
         return _results(rows, prediction, size)
 
     def _run(
-        self, phase: Phase, tokens: Tensor, call: CacheCall, canvas: Canvas[Tensor] | None
+        self, phase: Phase, parts: Sequence[NDArray[np.int32]], call: CacheCall, canvas: Canvas[Tensor] | None
     ) -> Prediction[Tensor] | None:
+        """One call over the tokens of all parts, one behind the other as one row."""
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = torch.from_numpy(whole).to(self._device).unsqueeze(0)
         is_canvas = None
-        if phase == "mixed":
-            first = tokens.shape[1] - self._limits.canvas
-            is_canvas = (torch.arange(tokens.shape[1], device=self._device) >= first).view(1, -1, 1)
-        inputs = TextInputs(tokens, self._rotary_of(call), call.masks, call, canvas, is_canvas)
+        if canvas is not None and canvas.head_rows is not None:
+            is_canvas = torch.ones(1, len(whole), 1, dtype=torch.bool, device=self._device)
+            is_canvas[:, : len(whole) - len(canvas.head_rows)] = False
+        inputs = TextInputs(tokens, self._rotary_of(call), call, canvas, is_canvas, narrows=is_canvas is not None)
         chosen = self._moe or self._formulation(tokens.numel())
         seats = torch.arange(chosen.capacity, device=self._device).float() if chosen.capacity else None
         outputs = text_network(self._ops, self._spec, inputs, phase, Moe(chosen.formulation, seats))
@@ -226,15 +224,15 @@ class TorchRunner:
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
         if self._rotary[0] is not call:
-            first, end = int(call.positions[0, 0]), int(call.positions[0, -1]) + 1
-            if len(call.positions) == 1 and end <= min(self._limits.context, TABLE):
-                slices = {
-                    kind: Rotary(table.cos[first:end].unsqueeze(0), table.signed_sin[first:end].unsqueeze(0))
+            if int(call.positions.max()) < min(self._limits.context, TABLE):
+                rows = torch.from_numpy(call.positions).to(self._device)
+                taken = {
+                    kind: Rotary(table.cos[rows].unsqueeze(0), table.signed_sin[rows].unsqueeze(0))
                     for kind, table in self._tables.items()
                 }
-                self._rotary = (call, slices)
+                self._rotary = (call, taken)
             else:
-                self._rotary = (call, {kind: self._factors(kind, call.positions) for kind in self._frequencies})
+                self._rotary = (call, {kind: self._factors(kind, call.positions[None]) for kind in self._frequencies})
         return self._rotary[1]
 
     def _factors(self, kind: LayerKind, positions: NDArray[np.int64]) -> Rotary[Tensor]:
@@ -250,10 +248,10 @@ class TorchRunner:
         return torch.from_numpy(per_token).to(self._device).view(-1, 1)
 
     def _signals(self, rows: Sequence[DenoiseRow]) -> Tensor:
-        """(rows, canvas, hidden): what each slot kept from its last step, zero for a canvas's first."""
+        """(1, rows * canvas, hidden): what each slot kept from its last step, zero for a canvas's first."""
         # Chosen, not multiplied by 0: nothing of an earlier request may leak, not even as 0 * NaN.
         kept = [self._no_signal if row.first else self._soft[row.slot] for row in rows]
-        return kept[0] if len(kept) == 1 else torch.cat(kept)
+        return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
 
     def _is_limited(self, row: DenoiseRow) -> bool:
         return row.top_k not in (0, self._limits.vocabulary) or row.top_p < 1
@@ -271,7 +269,7 @@ class TorchRunner:
     def _load_all_weights(self) -> None:
         """Runs one token and one canvas: a damaged tensor must stop the start, not a request."""
         self.encode([EncodeRow(0, np.zeros(1, np.int32), 0)])
-        self._encode_pending([0])
+        self._encode_pending(0)
         size = self._limits.canvas
         self.denoise([DenoiseRow(0, np.zeros(size, np.int32), 1.0, np.zeros(size, np.float32), first=True)])
         self.release(0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from canvasrt.diffusion.request import RequestState
 from canvasrt.serve.tokenizer import cut_at_stop
 
 _HALF = "\ufffd"  # what half a character is decoded to
@@ -59,3 +60,16 @@ class AnswerText:
                     longest = length
                     break
         return longest
+
+
+class StopText:
+    """A `StopCheck`: whether an answer has reached a stop text. Called by the loop, so it has a text of its own."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
+        self._text = AnswerText(decode, stops)
+        self._seen = 0
+
+    def __call__(self, state: RequestState) -> bool:
+        self._text.push(state.output[self._seen :])
+        self._seen = len(state.output)
+        return self._text.stopped

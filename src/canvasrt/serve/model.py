@@ -29,6 +29,13 @@ class OpenModel:
         return self.served.context
 
 
+def open_served(settings: ServeSettings, context: int) -> Served:
+    """What requests are checked against and texts are made with: neither weights nor torch."""
+    folder = Path(settings.model)
+    codec = TextCodec.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return Served(Checkpoint.open(folder).spec, GenerationConfig.load(folder), context, codec)
+
+
 def open_model(settings: ServeSettings) -> OpenModel:
     """Raises CheckpointError or BundleError for a folder that can't be served, CapacityError where memory is short."""
     folder = Path(settings.model)
@@ -41,8 +48,9 @@ def open_model(settings: ServeSettings) -> OpenModel:
     spec = checkpoint.spec
     from canvasrt.runtime.torch_runner import TorchRunner, use_threads  # here: torch takes seconds to import
 
-    # One core for Triton and the threads around the runner: its own wait for each other, and for a core, at every step.
-    use_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    # Each thread that calls torch has workers of its own, and where they are more than cores together, all of them
+    # sleep between any two kernels instead of spinning: five times slower. The thread that loads must have none.
+    use_threads(1)
     runner = TorchRunner(
         checkpoint,
         settings.device,
@@ -51,8 +59,7 @@ def open_model(settings: ServeSettings) -> OpenModel:
         context=settings.context or min(spec.max_context, _DEFAULT_CONTEXT),
         exact=settings.exact,
     )
-    codec = TextCodec.load(folder) if (folder / "tokenizer.json").is_file() else None
-    served = Served(spec, GenerationConfig.load(folder), runner.limits.context, codec)
+    served = open_served(settings, runner.limits.context)
     policy = Policy(
         canvases=settings.canvases or runner.limits.slots,
         prefill_tokens=settings.prefill_tokens or runner.limits.chunk,
@@ -60,6 +67,8 @@ def open_model(settings: ServeSettings) -> OpenModel:
         patience=settings.patience,
         reuse_prefixes=settings.reuse_prefixes,
     )
+    # One core for Triton and the threads around the runner: its own wait for each other, and for a core, at every step.
+    use_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     gc.collect()
     gc.freeze()  # else every full collection looks through all that torch and transformers made, and stops the loop
     return OpenModel(runner, served, policy)

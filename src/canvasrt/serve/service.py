@@ -1,13 +1,15 @@
-"""Takes requests from a server, runs them in the canvas loop and answers: everything but Triton's API.
+"""Takes requests from a server, runs them in a canvas loop and answers: everything but Triton's API.
 
-Threads: the server's calls `Service.accept` and returns at once; "intake" tokenizes and submits; "canvas-loop" drives
-the runner; "answers" makes texts of tokens and sends them, so that a slow client or tokenizer stops no denoising step.
+Threads: the server's calls `Service.accept` and returns at once; "intake" tokenizes and submits; "answers" makes texts
+of tokens and sends them, so that a slow client or tokenizer stops no denoising step. The loop has a thread of its own,
+in this process or, behind Triton, in another (`canvasrt.serve.engine_process`).
 """
 
 import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,16 +17,15 @@ from typing import Any, Protocol
 from canvasrt import wire
 from canvasrt.diffusion.request import RequestState
 from canvasrt.errors import BusyError, CanvasRTError, InputError
-from canvasrt.runtime.protocol import EngineRunner
-from canvasrt.scheduler.loop import CanvasLoop, Turn
-from canvasrt.scheduler.types import ENDS, Event, Policy, Request
-from canvasrt.serve.answer import AnswerText
+from canvasrt.scheduler.loop import Listener, Turn
+from canvasrt.scheduler.types import ENDS, Event, Request
+from canvasrt.serve.answer import AnswerText, StopText
 from canvasrt.serve.intake import Intake, Served, Tensors, is_ping, read_request
 from canvasrt.serve.metrics import Metrics
 from canvasrt.serve.responses import Response, ping_response
 
 _CANCEL_SECONDS = 0.05  # between two looks at whether clients are still there
-_FLUSH_SECONDS = 0.5  # between two updates of counters and gauges
+_FLUSH_SECONDS = 0.5  # between two updates of metrics and log
 _STALLED_SECONDS = 60.0  # a tick takes milliseconds; on a CPU with a long prompt, seconds
 _OUTCOMES: dict[str, str] = {"failed": wire.FAILED, "cancelled": wire.CANCELLED, "timed out": wire.TIMED_OUT}
 
@@ -68,10 +69,25 @@ class _Live:
     pieces: list[str] = field(default_factory=list)  # without streaming: all that was said
 
 
-class Service:
-    """``runner`` is used by nobody else."""
+class Loop(Protocol):
+    """`CanvasLoop`, in this process or in another."""
 
-    def __init__(self, runner: EngineRunner, served: Served, policy: Policy, metrics: Metrics, log: Log) -> None:
+    @property
+    def broken(self) -> Exception | None: ...
+
+    def stalled(self) -> float: ...
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, request: int) -> None: ...
+
+    def drain(self, seconds: float) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Service:
+    def __init__(self, open_loop: Callable[[Listener], Loop], served: Served, metrics: Metrics, log: Log) -> None:
         self._served = served
         self._metrics = metrics
         self._log = log
@@ -79,8 +95,10 @@ class Service:
         self._next = 0
         self._closed = False
         self._arrivals: queue.SimpleQueue[tuple[Incoming, float] | None] = queue.SimpleQueue()
-        self._news: queue.SimpleQueue[tuple[Sequence[Event], Turn | None] | None] = queue.SimpleQueue()
-        self._loop = CanvasLoop(runner, policy, lambda events, turn: self._news.put((events, turn)))
+        self._news: queue.SimpleQueue[Sequence[Event] | None] = queue.SimpleQueue()
+        self._turns: deque[Turn] = deque()
+        self._lines: deque[tuple[str, dict[str, object]]] = deque()
+        self._loop = open_loop(self._hear)
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (("intake", self._take_in), ("answers", self._answer))
@@ -93,6 +111,13 @@ class Service:
             incoming.fail(wire.BUSY, "the server is stopping: send the request to another one")
         else:
             self._arrivals.put((incoming, time.monotonic()))
+
+    def _hear(self, events: Sequence[Event], turn: Turn | None) -> None:
+        """In the thread of the loop, or of what hears it. Wakes another one only where somebody waits for an answer."""
+        if turn:
+            self._turns.append(turn)
+        if events:
+            self._news.put(events)
 
     def close(self, drain_seconds: float) -> None:
         """Lets running requests end, cancels the rest after ``drain_seconds``, answers everybody."""
@@ -133,7 +158,7 @@ class Service:
                 priority=intake.priority,
                 deadline=arrived + min(timeouts) if timeouts else None,
                 draft_every=intake.draft_every,
-                stop_check=_StopCheck(AnswerText(self._decode, stops)) if stops else None,
+                stop_check=StopText(self._decode, stops) if stops else None,
             )
         )
 
@@ -152,7 +177,7 @@ class Service:
     def _refuse(self, incoming: Incoming, kind: wire.ErrorKind, message: str, arrived: float) -> None:
         seconds = time.monotonic() - arrived
         self._metrics.ended(kind, seconds)
-        self._log("refused", {"request": incoming.name, "outcome": kind, "message": message})
+        self._lines.append(("refused", {"request": incoming.name, "outcome": kind, "message": message}))
         with contextlib.suppress(Exception):  # a client that is gone must not end this thread
             incoming.fail(kind, message)
 
@@ -165,19 +190,24 @@ class Service:
                 news = []
             while not self._news.empty():
                 news.append(self._news.get())
-            for each in news:
-                for event in each[0] if each else ():
+            for events in news:
+                for event in events or ():
                     self._tell(event)
-            self._metrics.turn([each[1] for each in news if each and each[1]])
             now = time.monotonic()
             if None in news or now - flushed > _FLUSH_SECONDS:
-                self._metrics.flush()
+                self._flush()
                 flushed = now
             if None in news:
                 return
             if now - looked > _CANCEL_SECONDS:
                 self._look_for_cancelled()
                 looked = now
+
+    def _flush(self) -> None:
+        self._metrics.turn([self._turns.popleft() for _ in range(len(self._turns))])
+        self._metrics.flush()
+        for _ in range(len(self._lines)):
+            self._log(*self._lines.popleft())
 
     def _look_for_cancelled(self) -> None:
         for number, live in list(self._live.items()):
@@ -270,17 +300,4 @@ class Service:
         }
         if event.error is not None:
             fields["error"] = f"{type(event.error).__name__}: {event.error}"
-        self._log("ended", fields)
-
-
-class _StopCheck:
-    """Called in the loop's thread, so it has a text of its own."""
-
-    def __init__(self, text: AnswerText) -> None:
-        self._text = text
-        self._seen = 0
-
-    def __call__(self, state: RequestState) -> bool:
-        self._text.push(state.output[self._seen :])
-        self._seen = len(state.output)
-        return self._text.stopped
+        self._lines.append(("ended", fields))

@@ -14,8 +14,9 @@ import triton_python_backend_utils as pb_utils
 
 from canvasrt import wire
 from canvasrt.errors import CanvasRTError
+from canvasrt.serve.engine_process import EngineProcess
 from canvasrt.serve.metrics import Family, Metric, Metrics
-from canvasrt.serve.model import open_model
+from canvasrt.serve.model import open_served
 from canvasrt.serve.responses import Response, as_arrays
 from canvasrt.serve.service import Service
 from canvasrt.serve.settings import PARAMETER, ServeSettings
@@ -36,12 +37,14 @@ class TritonPythonModel:
         self._drain_seconds = settings.drain_seconds
         self._level = _LEVELS.index(settings.log_level)
         try:
-            model = open_model(settings)
+            engine = EngineProcess.start(settings)
+            served = open_served(settings, engine.limits.context)
         except CanvasRTError as error:  # one sentence in Triton's log instead of a traceback
             raise pb_utils.TritonModelException(str(error)) from None
-        metrics = Metrics(_Families().metric, model.runner.limits.slots, model.runner.limits.context)
-        self._service = Service(model.runner, model.served, model.policy, metrics, self._log)
-        self._log("ready", {"model": settings.model, "slots": model.runner.limits.slots, "context": model.context})
+        limits = engine.limits
+        metrics = Metrics(_Families().metric, limits.slots, limits.context)
+        self._service = Service(engine.attach, served, metrics, self._log)
+        self._log("ready", {"model": settings.model, "slots": limits.slots, "context": limits.context})
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
