@@ -18,6 +18,7 @@ from canvasrt.runtime.generate import run_requests
 from canvasrt.runtime.torch_runner import TorchRunner
 from canvasrt.scheduler.loop import Turn
 from canvasrt.scheduler.types import ENDS, Event, Request
+from canvasrt.serve import engine_process
 from canvasrt.serve.engine_process import EngineProcess, _portable
 from canvasrt.serve.intake import read_request
 from canvasrt.serve.model import open_served
@@ -135,6 +136,26 @@ def test_a_killed_engine_fails_its_requests_and_takes_no_more() -> None:
         with pytest.raises(BusyError, match="must be restarted: the engine process has ended"):
             engine.submit(Request(3, state_of(input_ids=[5], seed=3)))
         engine.cancel(1)
+
+
+def test_a_silent_engine_refuses_and_what_it_took_meanwhile_is_told_to_nobody(
+    opened: tuple[EngineProcess, Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ear = opened
+    monkeypatch.setattr(engine_process, "_ANSWER_SECONDS", 0.2)
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(BusyError, match="does not answer"):
+            engine.submit(Request(20, state_of(seed=20, max_tokens=200, **ENDLESS)))
+        assert str(engine.broken) == "the engine process does not answer"
+        assert engine.stalled() >= 0.2
+    finally:
+        os.kill(engine._process.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    engine.submit(Request(21, state_of(input_ids=[5], seed=21, max_tokens=48)))
+    event = ear.end()
+    assert (event.request, event.kind) == (21, "end")
+    assert engine.broken is None
 
 
 def test_closing_lets_requests_end_for_a_while_and_cancels_the_rest() -> None:

@@ -186,7 +186,7 @@ def test_a_runner_that_is_lost_is_said_to_everybody_and_to_a_ping() -> None:
         until = time.monotonic() + 10
         while (ping := made.ask(Asked(ping=True)).wait()).failure is None and time.monotonic() < until:
             time.sleep(0.02)
-        assert ping.failure == (wire.FAILED, "the canvas loop has ended: the device is lost")
+        assert ping.failure == (wire.FAILED, "the canvas loop can't be used: the device is lost")
         after = made.ask(Asked(**LONG)).wait()
         assert after.failure is not None
         assert after.failure[0] == wire.BUSY

@@ -34,6 +34,7 @@ _NEWS = 0  # number of what nobody asked for
 _TURNS = 32  # that are told together at most where nothing else is to be told: each message wakes the other process
 _ANSWER_SECONDS = 10.0  # a call is answered between two operations of a step
 _END_SECONDS = 10.0
+_SILENT = "the engine process does not answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +88,36 @@ class EngineProcess:
     def broken(self) -> Exception | None:
         if self._gone is not None:
             return self._gone
-        text = self._call("broken")
+        try:
+            text = self._call("broken")
+        except queue.Empty:
+            text = _SILENT
         return None if text is None else ServerError(text)
 
     def stalled(self) -> float:
-        """Seconds since the loop last turned while it had something to do; at least those that nobody answers."""
+        """Seconds since the loop last turned while it had something to do."""
         try:
             seconds: float = self._call("stalled")
         except queue.Empty:
-            return float("inf")
+            return _ANSWER_SECONDS
         return seconds
 
     def submit(self, request: Request) -> None:
+        """Raises BusyError as `CanvasLoop.submit` does; then no event follows."""
         with self._lock:
             self._states[request.id] = request.state
         try:
             refused = self._call("submit", replace(request, stop_check=None))
         except queue.Empty:
-            refused = BusyError("the engine process does not answer")
-            self.cancel(request.id)
+            refused = BusyError(_SILENT)
+            self.cancel(request.id)  # it may be taken yet
+        except BusyError as error:
+            refused = error
         if refused is not None:
             with self._lock:
-                self._states.pop(request.id, None)
-            raise refused
+                told = self._states.pop(request.id, None) is None
+            if not told:  # that it failed with the process
+                raise refused
 
     def cancel(self, request: int) -> None:
         with contextlib.suppress(BusyError):  # it ended with its process
@@ -132,14 +140,14 @@ class EngineProcess:
             self._process.wait()
         self._reader.join()
 
-    def _call(self, verb: str, *arguments: object, timeout: float = _ANSWER_SECONDS) -> Any:
+    def _call(self, verb: str, *arguments: object, timeout: float | None = None) -> Any:
         """Raises BusyError where the process has ended, queue.Empty where it does not answer in time."""
         number, answer = next(self._numbers), queue.SimpleQueue[Any]()
         with self._lock:
             self._waiting[number] = answer
         try:
             self._send(number, verb, *arguments)
-            result = answer.get(timeout=timeout)
+            result = answer.get(timeout=_ANSWER_SECONDS if timeout is None else timeout)
         finally:
             with self._lock:
                 self._waiting.pop(number, None)
@@ -173,9 +181,10 @@ class EngineProcess:
 
     def _heard(self, events: Sequence[Event], turns: Sequence[Turn]) -> None:
         with self._lock:
+            events = [event for event in events if event.request in self._states]  # not of those that were given up
             for event in events:
                 if event.kind in ENDS:
-                    self._states.pop(event.request, None)
+                    del self._states[event.request]
                 else:
                     self._states[event.request] = event.state
         for turn in turns:

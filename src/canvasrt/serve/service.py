@@ -166,10 +166,10 @@ class Service:
         return self._served.codec.decode(tokens) if self._served.codec else ""
 
     def _ping(self, incoming: Incoming) -> None:
-        stalled = self._loop.stalled()
-        if self._loop.broken is not None:
-            incoming.fail(wire.FAILED, f"the canvas loop has ended: {self._loop.broken}")
-        elif stalled > _STALLED_SECONDS:
+        broken = self._loop.broken
+        if broken is not None:
+            incoming.fail(wire.FAILED, f"the canvas loop can't be used: {broken}")
+        elif (stalled := self._loop.stalled()) > _STALLED_SECONDS:
             incoming.fail(wire.FAILED, f"the canvas loop has not turned for {stalled:.0f} seconds")
         else:
             incoming.send(ping_response(), final=True)
