@@ -183,8 +183,7 @@ def test_a_model_that_dies_leaves_nobody_waiting() -> None:
     with serving(CHECKPOINT) as server, Client(server.grpc, quiet_seconds=0.5) as client:
         running = client.generate(**LONG)
         next(running)
-        (stub,) = server.stubs()
-        os.kill(stub, signal.SIGKILL)
+        os.kill(server.stub(), signal.SIGKILL)
         with pytest.raises(ServerError, match="not healthy"):
             list(running)
 

@@ -306,7 +306,7 @@ def test_a_full_queue_a_kill_under_load_and_the_end() -> None:
         with ThreadPoolExecutor(8) as threads:
             asked = [threads.submit(ask, number) for number in range(8)]
             wait_until(lambda: found["BusyError"] >= 4, 20, lambda: f"found {found}")
-            os.kill(server.stubs()[0], signal.SIGKILL)
+            os.kill(server.stub(), signal.SIGKILL)
             for each in asked:
                 each.result(timeout=60)
         assert found["BusyError"] == 5

@@ -163,3 +163,21 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert kept == "True"
     assert int(before) > 5_000  # 50 times 12 MB are 147,000 pages of 4 KiB: else this test could not fail
     assert int(after) < int(before) / 10
+
+
+def test_arrays_that_can_not_be_written_to_are_copied_for_torch(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise is shared, so the first tokens of a canvas are read-only."""
+    original = torch.from_numpy
+    runner = TorchRunner(source, context=64)
+    canvas, prompt = np.arange(12, dtype=np.int32), np.arange(9, dtype=np.int32)
+    for array in (canvas, prompt):
+        array.flags.writeable = False
+    handed: list[bool] = []  # torch warns of it only once in a process
+    monkeypatch.setattr(torch, "from_numpy", lambda array: handed.append(array.flags.writeable) or original(array))
+    runner.encode([EncodeRow(0, prompt, 0)])
+    for first in (True, False):
+        runner.denoise([DenoiseRow(0, canvas, 0.5, np.zeros(12, np.float32), first)])
+    assert handed
+    assert all(handed)

@@ -59,9 +59,16 @@ class Server:
         leader = int(self.facts["triton_pid"])
         return [pid for pid in session_of(leader) if pid != leader]
 
+    def stub(self) -> int:
+        """The process that Triton talks to."""
+        return self._one(b"triton_python_backend_stub")
+
     def engine(self) -> int:
         """The process with the canvas loop."""
-        (pid,) = (each for each in self.stubs() if b"engine_process" in Path(f"/proc/{each}/cmdline").read_bytes())
+        return self._one(b"engine_process")
+
+    def _one(self, what: bytes) -> int:
+        (pid,) = (each for each in self.stubs() if what in Path(f"/proc/{each}/cmdline").read_bytes())
         return pid
 
     def post(self, path: str, body: object = None, timeout: float = 20.0) -> tuple[int, Any]:

@@ -200,7 +200,7 @@ class TorchRunner:
         self, phase: Phase, parts: Sequence[NDArray[np.int32]], call: CacheCall, canvas: Canvas[Tensor] | None
     ) -> Prediction[Tensor] | None:
         """One call over the tokens of all parts, one behind the other as one row."""
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        whole = np.concatenate(parts)  # a copy in any case: canvases may be read-only, and torch has no such tensors
         tokens = torch.from_numpy(whole).to(self._device).unsqueeze(0)
         is_canvas = None
         if canvas is not None and canvas.head_rows is not None:
