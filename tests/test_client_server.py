@@ -17,7 +17,7 @@ from canvasrt.cli.main import app
 from canvasrt.client.connection import Client
 from canvasrt.client.tensors import Response
 from canvasrt.errors import BusyError, InputError, ServerError, TimedOutError
-from triton_servers import Server, serving
+from triton_servers import Server, again_if_triton_aborts, serving
 
 PUZZLES = held_out(4, 2)
 TWO = as_prompt(PUZZLES[0])  # an answer of two canvases
@@ -179,6 +179,7 @@ def test_bench_measures_the_server(server: Server, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")) == report
 
 
+@again_if_triton_aborts
 def test_a_model_that_dies_leaves_nobody_waiting() -> None:
     with serving(CHECKPOINT) as server, Client(server.grpc, quiet_seconds=0.5) as client:
         running = client.generate(**LONG)

@@ -28,7 +28,7 @@ from canvasrt.serve.model import OpenModel, open_model
 from canvasrt.serve.settings import ServeSettings
 from planning import DEMO
 from service import tensors
-from triton_servers import Server, serving, wait_until
+from triton_servers import Server, again_if_triton_aborts, serving, wait_until
 
 SETTINGS = ["slots=8", "context=512", "threads=1", "max_waiting=400"]
 LETTERS = "123456.|\n"
@@ -287,6 +287,7 @@ def test_a_deadline_of_the_server_is_kept_too(server: Server) -> None:
     assert message.error_message.startswith(wire.TIMED_OUT)
 
 
+@again_if_triton_aborts
 def test_a_full_queue_a_kill_under_load_and_the_end() -> None:
     """One server of its own, since it does not survive this."""
     options = ("--set", "slots=1", "--set", "max_waiting=2", "--set", "threads=1")

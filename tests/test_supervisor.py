@@ -17,7 +17,7 @@ from solve import CHECKPOINT
 import bundles
 from canvasrt.errors import InputError
 from canvasrt.serve.triton_files import find_triton, prepare
-from triton_servers import Server, free_ports, serving, session_of, supervising, wait_until
+from triton_servers import Server, again_if_triton_aborts, free_ports, serving, session_of, supervising, wait_until
 
 GENERATE = "/v2/models/diffusion_gemma/generate"
 QUICK = {"canary": 0.2, "retry": 0.1, "answer": 1.0, "failures": 2, "drain": 10.0}
@@ -96,6 +96,7 @@ def left_behind(server: Server) -> Iterator[str]:
         yield server.facts["work"]
 
 
+@again_if_triton_aborts
 def test_a_dead_and_a_hanging_model_are_loaded_again_until_it_is_too_much(repository: Path) -> None:
     with supervising(repository, **QUICK, repairs=3) as server:
         assert server.generate(ping=True)["text_output"] == "0;"
@@ -124,6 +125,7 @@ def hang_model(server: Server, repository: Path) -> None:
     hang.unlink()
 
 
+@again_if_triton_aborts
 def test_a_model_that_can_not_be_loaded_again_ends_the_server(repository: Path) -> None:
     with supervising(repository, **QUICK) as server:
         refuse(repository, "the disk is gone")
@@ -318,3 +320,24 @@ def container(folder: Path, library: str) -> Path:
     server.parent.mkdir()
     server.touch(mode=0o755)
     return backend / "triton_python_backend_stub"
+
+
+def test_a_test_is_repeated_for_an_abort_of_triton_alone() -> None:
+    tried: list[str] = []
+
+    @again_if_triton_aborts
+    def ends_with(*logs: str) -> None:
+        log = logs[len(tried)]
+        tried.append(log)
+        Server(process=None, lines=[log])  # type: ignore[arg-type]  # none is needed for its log
+        assert not log
+
+    ends_with("boost::interprocess::lock_exception", "")
+    assert len(tried) == 2
+    with pytest.raises(AssertionError):
+        ends_with("", "", "another fault")
+    assert len(tried) == 3
+    tried.clear()
+    with pytest.raises(AssertionError):
+        ends_with(*["boost::interprocess::lock_exception"] * 3)
+    assert len(tried) == 3

@@ -4,6 +4,7 @@ Both run in a process of their own, on free ports, and leave no process behind. 
 second one's other half.
 """
 
+import functools
 import json
 import os
 import random
@@ -27,8 +28,31 @@ from canvasrt.serve.triton_files import find_triton, prepare
 from canvasrt.wire import MODEL
 
 START_SECONDS = 90.0
+Test = Callable[..., None]
 ATTEMPTS = 3  # another process may take a port between our looking and the server's listening
 _HOST = "127.0.0.1"
+_ABORTED = "boost::interprocess::lock_exception"
+_started_here: "list[Server]" = []
+
+
+def again_if_triton_aborts(test: Test) -> Test:
+    """For tests that kill a stub: where that hits it while it holds a lock in shared memory, tritonserver aborts.
+
+    Seldom, and none of our doing: the supervisor then ends, as for any death of the server.
+    """
+
+    @functools.wraps(test)
+    def repeated(*given: Any, **named: Any) -> None:
+        for _ in range(ATTEMPTS - 1):
+            before = len(_started_here)
+            try:
+                return test(*given, **named)
+            except Exception:  # whatever the test meets when the server is gone
+                if not any(_ABORTED in server.log for server in _started_here[before:]):
+                    raise
+        return test(*given, **named)
+
+    return repeated
 
 
 @dataclass
@@ -53,6 +77,9 @@ class Server:
     @property
     def log(self) -> str:
         return "\n".join(self.lines)
+
+    def __post_init__(self) -> None:
+        _started_here.append(self)
 
     def stubs(self) -> list[int]:
         """Processes of the Python model."""
