@@ -4,6 +4,7 @@ import os
 import queue
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -187,6 +188,17 @@ def test_what_can_not_be_opened_is_refused_in_the_words_of_the_one_who_opens(tmp
         EngineProcess.start(ServeSettings.parse(tmp_path, SETTINGS))
     with pytest.raises(CapacityError, match="exceeds the 1024 positions"):
         EngineProcess.start(ServeSettings.parse(DEMO, ["context=5000"]))
+
+
+def test_an_engine_that_dies_while_it_opens_the_model_says_what_to_look_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(subprocess.Popen[bytes]):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            self.kill()
+
+    monkeypatch.setattr(engine_process.subprocess, "Popen", Killed)
+    with pytest.raises(ServerError, match=r"\(signal SIGKILL\)\. .* fewer slots or a smaller context"):
+        EngineProcess.start(ServeSettings.parse(DEMO, SETTINGS))
 
 
 def test_errors_of_libraries_that_the_server_has_not_loaded_are_told_as_text() -> None:

@@ -298,6 +298,21 @@ def test_the_figures_say_what_happened() -> None:
         )
 
 
+def test_a_line_of_the_log_tells_when_its_request_ended_not_when_it_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("canvasrt.serve.service._FLUSH_SECONDS", 1000.0)  # written when the service is closed
+    began = time.time()
+    with desk() as made:
+        made.ask(Asked(**LONG)).wait()
+        while not made.service._lines:
+            time.sleep(0.001)
+        noted = time.time()
+        assert made.lines.empty()
+    _, fields = made.lines.get(timeout=5)
+    assert began - 0.001 <= fields["time"] <= noted + 0.001  # milliseconds
+
+
 def test_a_response_has_the_tensors_that_are_declared() -> None:
     arrays = as_arrays(ping_response())
     assert list(arrays) == [tensor.name for tensor in wire.OUTPUTS]

@@ -73,7 +73,10 @@ class EngineProcess:
             connection.send(settings.model_dump_json())
             opened = connection.recv()
         except (EOFError, OSError):
-            raise ServerError(f"the engine process ended while it opened the model ({_how(process)})") from None
+            raise ServerError(
+                f"the engine process ended while it opened the model ({_how(process)}). Its last words stand above; "
+                "after SIGKILL there are none: memory ran out, so ask for fewer slots or a smaller context"
+            ) from None
         if isinstance(opened, Exception):
             process.wait(_END_SECONDS)
             raise opened

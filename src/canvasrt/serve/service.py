@@ -177,7 +177,7 @@ class Service:
     def _refuse(self, incoming: Incoming, kind: wire.ErrorKind, message: str, arrived: float) -> None:
         seconds = time.monotonic() - arrived
         self._metrics.ended(kind, seconds)
-        self._lines.append(("refused", {"request": incoming.name, "outcome": kind, "message": message}))
+        self._note("refused", {"request": incoming.name, "outcome": kind, "message": message})
         with contextlib.suppress(Exception):  # a client that is gone must not end this thread
             incoming.fail(kind, message)
 
@@ -208,6 +208,10 @@ class Service:
         self._metrics.flush()
         for _ in range(len(self._lines)):
             self._log(*self._lines.popleft())
+
+    def _note(self, event: str, fields: dict[str, object]) -> None:
+        """A line of the log, which is written at the next flush and tells when it was noted."""
+        self._lines.append((event, {"time": round(time.time(), 3), **fields}))
 
     def _look_for_cancelled(self) -> None:
         for number, live in list(self._live.items()):
@@ -300,4 +304,4 @@ class Service:
         }
         if event.error is not None:
             fields["error"] = f"{type(event.error).__name__}: {event.error}"
-        self._lines.append(("ended", fields))
+        self._note("ended", fields)
