@@ -159,6 +159,24 @@ def test_a_silent_engine_refuses_and_what_it_took_meanwhile_is_told_to_nobody(
     assert engine.broken is None
 
 
+def test_a_request_that_was_told_to_have_failed_is_not_refused_as_well(
+    opened: tuple[EngineProcess, Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the process ends while a request is on its way: one end, whichever comes first."""
+    engine, _ = opened
+
+    def lost(*_: object) -> None:
+        engine._states.clear()  # `_lost` tells all that are in it
+        raise BusyError("the engine process has ended")
+
+    monkeypatch.setattr(engine, "_call", lost)
+    engine.submit(Request(30, state_of(input_ids=[5], seed=30)))
+    monkeypatch.setattr(engine, "_call", lambda *_: BusyError("no room"))
+    with pytest.raises(BusyError, match="no room"):
+        engine.submit(Request(31, state_of(input_ids=[5], seed=31)))
+    assert engine._states == {}
+
+
 def test_closing_lets_requests_end_for_a_while_and_cancels_the_rest() -> None:
     with running() as (engine, ear):
         engine.submit(Request(1, state_of(input_ids=[5], seed=1, max_tokens=48)))

@@ -15,6 +15,7 @@ from planning import DEMO
 @pytest.fixture
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
