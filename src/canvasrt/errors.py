@@ -43,3 +43,14 @@ class TimedOutError(CanvasRTError):
 
 class CancelledError(CanvasRTError):
     """A request was cancelled before its answer was complete."""
+
+
+class DeviceError(Exception):
+    """A GPU call failed while the GPU was in use: what its memory holds is unknown, and CUDA refuses all that follows.
+
+    Not a CanvasRTError: whoever goes on after one of those would go on with a broken GPU. The process has to end, with
+    `DEVICE_EXIT` where a supervisor is to know why.
+    """
+
+
+DEVICE_EXIT = 70  # exit code of a process whose GPU failed: starting it again helps where its input would fail again

@@ -73,6 +73,17 @@ def check_denoise(limits: RunnerLimits, lengths: Sequence[int], rows: Sequence[D
             )
 
 
+def is_limited(row: DenoiseRow, vocabulary: int) -> bool:
+    """Whether top-k or top-p takes tokens away: filters cost a third of a step, so rows without them skip them."""
+    return row.top_k not in (0, vocabulary) or row.top_p < 1
+
+
+def filter_limits(row: DenoiseRow, vocabulary: int) -> tuple[float, float]:
+    """top-k and top-p as the network's filters take them."""
+    # 2: rounded sums of probabilities can reach 1 before the last token, and a row without a limit must lose none
+    return float(min(row.top_k or vocabulary, vocabulary)), row.top_p if row.top_p < 1 else 2.0
+
+
 def check_slot(limits: RunnerLimits, slot: int) -> None:
     """Raises InputError for a slot that the runner does not have; a negative one would silently mean another."""
     if not 0 <= slot < limits.slots:

@@ -13,25 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from canvasrt.errors import CapacityError
 from canvasrt.ops.protocol import Ops
 from canvasrt.ops.torch_formats import round_kv
 from canvasrt.runtime.memory import sliding_rows
 from canvasrt.runtime.protocol import RunnerLimits
+from canvasrt.runtime.slots import Slots
 from canvasrt.spec import LayerKind, ModelSpec
 
 Tensor = torch.Tensor
 Ints = NDArray[np.int64]
 
 
-@dataclass(slots=True)
-class _Slot:
-    length: int = 0  # context tokens
-    start: int = 0  # position of the first token in the sliding buffers
-
-
 class TorchCache:
-    """The memory of all slots.
+    """The memory of all ``slots``.
 
     Buffers are (slots, rows, kv_heads, dim): a token's K of all heads is one contiguous write.
     """
@@ -54,7 +48,7 @@ class TorchCache:
         self._last_key: object = None
         self._last_call: CacheCall
         self.rows: dict[LayerKind, int] = {"full": limits.context, "sliding": sliding_rows(spec, limits)}
-        self._slots = [_Slot() for _ in range(limits.slots)]
+        self.slots = Slots(limits.slots, self._window, self.rows["sliding"])
         self._flat = [
             [
                 torch.zeros(
@@ -69,38 +63,6 @@ class TorchCache:
             for layer, pair in zip(spec.layers, self._flat, strict=True)
         ]
 
-    def length(self, slot: int) -> int:
-        return self._slots[slot].length
-
-    def lengths(self) -> list[int]:
-        return [slot.length for slot in self._slots]
-
-    def release(self, slot: int) -> None:
-        self._slots[slot] = _Slot()
-
-    def rewind(self, slot: int, length: int) -> None:
-        """Forgets the tokens from ``length`` on. Raises CapacityError when the window before them has been dropped."""
-        self.check_rewind(slot, length)
-        self._slots[slot].length = length
-        if length == 0:
-            self._slots[slot].start = 0
-
-    def can_rewind(self, slot: int, length: int) -> bool:
-        held, start = self._slots[slot].length, self._slots[slot].start
-        return length == 0 or length >= held or max(0, length - self._window) >= start
-
-    def check_rewind(self, slot: int, length: int) -> None:
-        if not self.can_rewind(slot, length):
-            start = self._slots[slot].start
-            raise CapacityError(
-                f"slot {slot} can't be rewound to {length} tokens: its sliding layers keep positions from {start} "
-                f"on only. Rewind to {start + self._window} or more, or release the slot and encode again."
-            )
-
-    def commit(self, slot: int, count: int) -> None:
-        """The ``count`` tokens last written belong to the context now."""
-        self._slots[slot].length += count
-
     def open(self, pieces: Sequence[tuple[int, int]], canvases: Sequence[int]) -> "CacheCall":
         """Prepares a call: of each slot in ``pieces`` so many tokens that join its context, then whole ``canvases``.
 
@@ -111,12 +73,12 @@ class TorchCache:
         for slot in {*joining, *canvases}:
             self._make_room(slot, joining.get(slot, 0) + (self._canvas if slot in canvases else 0))
         used = sorted({*joining, *canvases})
-        states = tuple((slot, self._slots[slot].length, self._slots[slot].start) for slot in used)
+        states = tuple((slot, self.slots.length(slot), self.slots.start(slot)) for slot in used)
         key = (tuple(pieces), tuple(canvases), states)
         if key == self._last_key:
             return self._last_call  # the steps of a canvas share everything but the tokens
-        sequences = [_Sequence(slot, self._slots[slot].length, count) for slot, count in pieces]
-        behind = [self._slots[slot].length + joining.get(slot, 0) for slot in canvases]
+        sequences = [_Sequence(slot, self.slots.length(slot), count) for slot, count in pieces]
+        behind = [self.slots.length(slot) + joining.get(slot, 0) for slot in canvases]
         rows = [_Sequence(slot, first, self._canvas) for slot, first in zip(canvases, behind, strict=True)]
         call = CacheCall(
             self,
@@ -134,7 +96,7 @@ class TorchCache:
     ) -> "_Plan":
         """``window``: committed tokens that a token sees, None for all."""
         rows, groups, places = self.rows[kind], [], []
-        starts = {each.slot: self._slots[each.slot].start if kind == "sliding" else 0 for each in (*pieces, *canvases)}
+        starts = {each.slot: self.slots.start(each.slot) if kind == "sliding" else 0 for each in (*pieces, *canvases)}
         for each in (*pieces, *canvases):
             first = each.slot * rows + each.first - starts[each.slot]
             places.append(np.arange(first, first + each.count))
@@ -190,9 +152,8 @@ class TorchCache:
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """Copies of K and V (tokens, kv_heads, dim) of the context that a layer still holds, for checks."""
-        state = self._slots[slot]
-        begin = state.start if self._layers[layer].kind == "sliding" else 0
-        keys, values = (view[slot, : state.length - begin].clone() for view in self._views[layer])
+        begin = self.slots.start(slot) if self._layers[layer].kind == "sliding" else 0
+        keys, values = (view[slot, : self.slots.length(slot) - begin].clone() for view in self._views[layer])
         return keys, values
 
     def kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,20 +181,15 @@ class TorchCache:
         return _Buffer(plan, flat, view, one_piece, tuple(seen))
 
     def _make_room(self, slot: int, count: int) -> None:
-        """Moves the visible window to the front of the slot's sliding buffers when ``count`` tokens
-        don't fit behind it.
-        """
-        state = self._slots[slot]
-        held = state.length - state.start
-        if held + count <= self.rows["sliding"]:
+        moved = self.slots.make_room(slot, count)
+        if moved is None:
             return
-        keep = min(held, self._window)
+        first, keep = moved
         for layer, pair in zip(self._layers, self._views, strict=True):
             if layer.kind == "sliding":
                 for view in pair:
                     # clone: source and destination may overlap
-                    view[slot, :keep] = view[slot, held - keep : held].clone()
-        state.start = state.length - keep
+                    view[slot, :keep] = view[slot, first : first + keep].clone()
 
 
 @dataclass(frozen=True, slots=True)

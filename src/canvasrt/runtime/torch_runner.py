@@ -24,7 +24,7 @@ from canvasrt.ops.torch_weights import TorchWeights
 from canvasrt.runtime.allocator import keep_freed_memory
 from canvasrt.runtime.memory import MemoryBudget, check_budget
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, RunnerLimits
-from canvasrt.runtime.rows import check_denoise, check_encode, check_slot
+from canvasrt.runtime.rows import check_denoise, check_encode, check_slot, filter_limits, is_limited
 from canvasrt.runtime.torch_cache import CacheCall, TorchCache
 from canvasrt.spec import LayerKind, LayerSpec
 
@@ -114,12 +114,12 @@ class TorchRunner:
         return self._lengths()[slot]
 
     def can_rewind(self, slot: int, length: int) -> bool:
-        return 0 <= length <= self.length(slot) and self._cache.can_rewind(slot, length)
+        return 0 <= length <= self.length(slot) and self._cache.slots.can_rewind(slot, length)
 
     def release(self, slot: int) -> None:
         check_slot(self._limits, slot)
         self._pending.pop(slot, None)
-        self._cache.release(slot)
+        self._cache.slots.release(slot)
         self._soft[slot] = self._no_signal
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
@@ -133,13 +133,13 @@ class TorchRunner:
         lengths = self._lengths()
         check_encode(self._limits, lengths, rows)
         for row in rows:
-            self._cache.check_rewind(row.slot, row.position)
+            self._cache.slots.check_rewind(row.slot, row.position)
         left: list[tuple[int, NDArray[np.int32]]] = []
         for row in rows:
-            held = self._cache.length(row.slot)
+            held = self._cache.slots.length(row.slot)
             kept = self._pending.pop(row.slot, _NOTHING)[: max(row.position - held, 0)]
             if row.position < held:
-                self._cache.rewind(row.slot, row.position)
+                self._cache.slots.rewind(row.slot, row.position)
             left.append((row.slot, np.concatenate([kept, row.tokens])))
         chunk = self._limits.chunk
         while longer := [(slot, tokens) for slot, tokens in left if len(tokens) > chunk]:
@@ -148,7 +148,9 @@ class TorchRunner:
         self._pending.update(left)
 
     def _lengths(self) -> list[int]:
-        return [length + len(self._pending.get(slot, _NOTHING)) for slot, length in enumerate(self._cache.lengths())]
+        return [
+            length + len(self._pending.get(slot, _NOTHING)) for slot, length in enumerate(self._cache.slots.lengths())
+        ]
 
     @torch.inference_mode()
     def _encode_pending(self, slot: int) -> None:
@@ -159,7 +161,7 @@ class TorchRunner:
         call = self._cache.open([(slot, len(tokens)) for slot, tokens in pieces], [])
         self._run("encoder", [tokens for _, tokens in pieces], call, None)
         for slot, tokens in pieces:
-            self._cache.commit(slot, len(tokens))
+            self._cache.slots.commit(slot, len(tokens))
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
@@ -167,7 +169,8 @@ class TorchRunner:
         if not rows:
             return []
         # The sampler looks for limits in the last rows only, and neighbouring slots are read without a copy.
-        order = sorted(range(len(rows)), key=lambda index: (self._is_limited(rows[index]), rows[index].slot))
+        vocabulary = self._limits.vocabulary
+        order = sorted(range(len(rows)), key=lambda index: (is_limited(rows[index], vocabulary), rows[index].slot))
         results = self._denoise([rows[index] for index in order])
         return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
@@ -190,7 +193,7 @@ class TorchRunner:
         prediction = self._run("mixed" if joining else "decoder", tokens, call, canvas)
         assert prediction is not None  # only the encoder phase predicts nothing
         for slot, piece in pieces:
-            self._cache.commit(slot, len(piece))
+            self._cache.slots.commit(slot, len(piece))
         soft = prediction.soft_embeddings.view(len(rows), 1, size, -1)
         for index, slot in enumerate(slots):
             self._soft[slot] = soft[index]
@@ -242,7 +245,7 @@ class TorchRunner:
         cos, sin = angles.cos(), angles.sin()
         return Rotary(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
-    def _per_token(self, rows: Sequence[DenoiseRow], values: list[float]) -> Tensor:
+    def _per_token(self, rows: Sequence[DenoiseRow], values: Sequence[float]) -> Tensor:
         """(rows * canvas, 1) float32 from one value per row."""
         per_token = np.repeat(np.array(values, dtype=np.float32), self._limits.canvas)
         return torch.from_numpy(per_token).to(self._device).view(-1, 1)
@@ -253,17 +256,12 @@ class TorchRunner:
         kept = [self._no_signal if row.first else self._soft[row.slot] for row in rows]
         return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
 
-    def _is_limited(self, row: DenoiseRow) -> bool:
-        return row.top_k not in (0, self._limits.vocabulary) or row.top_p < 1
-
     def _filters(self, rows: Sequence[DenoiseRow]) -> Filters[Tensor] | None:
-        limited = [row for row in rows if self._is_limited(row)]
+        vocabulary = self._limits.vocabulary
+        limited = [row for row in rows if is_limited(row, vocabulary)]
         if not limited:
             return None
-        vocabulary = self._limits.vocabulary
-        top_k = [float(min(row.top_k or vocabulary, vocabulary)) for row in limited]
-        # 2: rounded sums of probabilities can reach 1 before the last token, and a row without a limit must lose none
-        top_p = [row.top_p if row.top_p < 1 else 2.0 for row in limited]
+        top_k, top_p = zip(*(filter_limits(row, vocabulary) for row in limited), strict=True)
         return Filters(self._per_token(limited, top_k), self._per_token(limited, top_p))
 
     def _load_all_weights(self) -> None:

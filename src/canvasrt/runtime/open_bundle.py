@@ -1,0 +1,161 @@
+"""From a bundle's folder to a runner: everything that can be wrong is found before memory is taken.
+
+The order is that of what a person can mend: the bundle, the checkpoint, the library, the GPU, its memory.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from canvasrt.bundle.manifest import Manifest
+from canvasrt.bundle.reader import EngineBundle, Verify
+from canvasrt.checkpoint import Checkpoint
+from canvasrt.errors import BundleError, CapacityError
+from canvasrt.ops.tensorrt_api import load_compiler
+from canvasrt.runtime.cuda_device import CudaDevice, OutOfMemoryError, open_device
+from canvasrt.runtime.engine_memory import EngineMemory, check_memory, engine_memory, shortage, text_engine
+from canvasrt.runtime.refit import Progress, WeightSource, refit, to_device
+from canvasrt.runtime.tensorrt_engine import RTX, TensorRTEngine
+from canvasrt.runtime.tensorrt_runner import TensorRTRunner
+from canvasrt.spec import ModelSpec
+
+_NAMES = {RTX: "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Where the GPU and NVIDIA's library come from: elsewhere than by default only in tests."""
+
+    device: Callable[[], CudaDevice] = open_device
+    library: Callable[[Manifest], ModuleType] = field(default=lambda manifest: load_compiler(manifest.compiler.name))
+
+
+@dataclass(frozen=True, slots=True)
+class BundleOptions:
+    """``checkpoint``: folder, for bundles whose weights are not inside. ``slots``: None for the bundle's own number.
+
+    ``cache``: file that keeps the kernels which TensorRT-RTX compiles on this GPU; None for one beside the bundle.
+    ``verify``: "full" reads every byte of the bundle first.
+    """
+
+    checkpoint: Path | None = None
+    slots: int | None = None
+    cache: Path | None = None
+    verify: Verify = "full"
+    captures: bool = True
+    warms_up: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    runner: TensorRTRunner
+    memory: EngineMemory
+    warnings: tuple[str, ...]
+
+
+def open_bundle(folder: Path, options: BundleOptions, progress: Progress, hardware: Hardware | None = None) -> Loaded:
+    """Raises BundleError for a bundle that is damaged, or not for this GPU, library or checkpoint; CheckpointError for
+    unusable weights; InputError without a usable driver; CapacityError where memory is short, with what to change.
+    """
+    hardware = hardware or Hardware()
+    bundle = EngineBundle.open(folder, options.verify)
+    manifest = bundle.manifest
+    bundle.check_servable()
+    source = WeightSource(bundle, _checkpoint(bundle, options.checkpoint))
+    spec = ModelSpec.load(bundle.path)
+    trt = hardware.library(manifest)
+    bundle.check_compiler(_NAMES[trt.__name__], str(trt.__version__))
+    device = hardware.device()
+    bundle.check_gpu(device.compute_capability, device.name)
+    slots = options.slots or manifest.shapes.slots
+    needed = engine_memory(manifest, spec, slots)
+    check_memory(needed, *device.memory(), device.name)
+    try:
+        return _load(bundle, spec, slots, options, source, trt, device, progress, needed)
+    except OutOfMemoryError as error:
+        free, total = device.memory()
+        raise CapacityError(
+            f"the GPU had no {error} left while the bundle was loaded. {shortage(needed, free, total, device.name)}"
+        ) from None
+
+
+def _load(
+    bundle: EngineBundle,
+    spec: ModelSpec,
+    slots: int,
+    options: BundleOptions,
+    source: WeightSource,
+    trt: ModuleType,
+    device: CudaDevice,
+    progress: Progress,
+    needed: EngineMemory,
+) -> Loaded:
+    manifest = bundle.manifest
+    text = text_engine(manifest)
+    plan = bundle.map(text.file)
+    progress("plan", 0, len(plan))
+    engine = TensorRTEngine(trt, device, plan, list(text.shape_ranges), f"{bundle.path}/{text.file}")
+    progress("plan", len(plan), len(plan))
+    cache = options.cache or cache_file(bundle.path)
+    _load_cache(engine, cache)
+    given = {}
+    for entry in text.given:
+        given[entry.name] = to_device(
+            device,
+            source.made(entry),
+            lambda done, entry=entry: progress(entry.name, done, entry.nbytes),  # type: ignore[misc]
+        )
+    if text.weight_map:
+        refit(engine, text.weight_map, source, progress)
+    runner = TensorRTRunner(engine, manifest, spec, slots, given)
+    runner.captures = options.captures
+    if options.warms_up:
+        runner.warm_up(lambda done, whole: progress("first steps", done, whole))
+    _save_cache(engine, cache)
+    return Loaded(runner, needed, tuple(engine.said.warnings))
+
+
+def cache_file(bundle: Path) -> Path:
+    """Beside the bundle, whose own files never change once it is written."""
+    real = Path(os.path.realpath(bundle))
+    return real.with_name(f"{real.name}.kernels")
+
+
+def _checkpoint(bundle: EngineBundle, folder: Path | None) -> Checkpoint | None:
+    if not bundle.manifest.needs_checkpoint:
+        return None
+    if folder is None:
+        wanted = bundle.manifest.checkpoint.folder
+        raise BundleError(
+            f"bundle {bundle.path} holds no weights: they are read from the checkpoint that it was built from "
+            f"({wanted}). Name its folder (canvasrt serve: --set checkpoint=FOLDER; canvasrt verify: --checkpoint "
+            "FOLDER), or build the bundle with --weights inside"
+        )
+    bundle.check_checkpoint(folder)
+    return Checkpoint.open(folder)
+
+
+def _load_cache(engine: TensorRTEngine, file: Path) -> None:
+    """An unusable cache only costs time: the library compiles again."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return
+    if content and not engine.load_cache(content):
+        engine.said.warnings.append(f"{file} was made by another GPU, driver or library: kernels are compiled again")
+
+
+def _save_cache(engine: TensorRTEngine, file: Path) -> None:
+    content = engine.cache()
+    if content is None:
+        return
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(file)  # whole or not at all: another process may be reading it
+    except OSError as error:
+        engine.said.warnings.append(
+            f"compiled kernels can't be kept in {file} ({error.strerror}), so that the next start compiles them again"
+        )
