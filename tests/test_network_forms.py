@@ -82,7 +82,7 @@ def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoi
     )
     prediction = text_network(mixed._ops, source.spec, inputs, "mixed", Moe("dense")).prediction
     assert prediction is not None
-    cache.commit(0, CANVAS)
+    cache.slots.commit(0, CANVAS)
     np.testing.assert_allclose(prediction.logits.numpy(), expected.logits, atol=2e-4)
     np.testing.assert_array_equal(prediction.sampled.numpy(), expected.sampled)
     for layer in range(len(source.spec.layers)):

@@ -1,4 +1,4 @@
-"""TensorRTRunner over bundles whose engines the network interpreter executes, on memory of a GPU that is this machine's.
+"""TensorRTRunner over bundles whose engines the network interpreter executes, on a GPU that is this machine's memory.
 
 The runtime is the one that drives a GPU, down to the driver's functions; canvasrt.runtime.torch_runner is the yardstick
 for what an engine's own answers are.
@@ -303,7 +303,7 @@ def test_a_gpu_that_fails_ends_everything_with_its_reason(bundles: Bundles) -> N
     host.driver.faults["cuEventSynchronize"] = real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(DeviceError, match="CUDA_ERROR_ILLEGAL_ADDRESS in cuEventSynchronize") as first:
         runner.denoise(rows((0,), 0, True))
-    for verb in (lambda: runner.denoise(rows((0,), 0, True)), lambda: runner.release(0), lambda: runner.synchronize()):
+    for verb in (lambda: runner.denoise(rows((0,), 0, True)), lambda: runner.release(0), runner.synchronize):
         with pytest.raises(DeviceError) as again:
             verb()
         assert again.value is first.value

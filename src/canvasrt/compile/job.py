@@ -150,7 +150,7 @@ def _manifest(
     reserved: tuple[m.Region, ...] | None,
 ) -> m.Manifest:
     source, spec = prepared.source, prepared.source.spec
-    stripped = prepared.weights == "stripped"
+    placeholders = prepared.weights != "inside"
     formats: dict[str, int] = {}
     for weight in (*compiled.weights, *compiled.inputs):
         formats[weight.dtype] = formats.get(weight.dtype, 0) + weight.nbytes
@@ -168,7 +168,7 @@ def _manifest(
             weight_bytes=formats,
             reserved=reserved,
         ),
-        weight_map=tuple(_entry(source, weight, None) for weight in compiled.weights) if stripped else (),
+        weight_map=tuple(_entry(source, weight, None) for weight in compiled.weights) if placeholders else (),
         given=tuple(_entry(source, weight, file) for weight, file in given),
     )
     return m.Manifest(

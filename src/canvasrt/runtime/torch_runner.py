@@ -50,6 +50,8 @@ class TorchRunner:
     weights, InputError for an unknown device or dtype, or for ``exact`` in bfloat16.
     """
 
+    weights_type = TorchWeights  # a benchmark of a model that nobody has here makes up its own
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -84,7 +86,7 @@ class TorchRunner:
         self._dtype = torch_dtype
         self._moe = moe
         self._exact = exact and checkpoint.quantization is not None
-        weights = TorchWeights(checkpoint, self._device, torch_dtype)
+        weights = self.weights_type(checkpoint, self._device, torch_dtype)
         self._ops = ExactTorchOps(weights) if self._exact else TorchOps(weights)
         kv_fp8 = checkpoint.quantization is not None and checkpoint.quantization.kv_cache == "fp8"
         self._cache = TorchCache(spec, self._limits, self._device, torch_dtype, rounds_to_fp8=self._exact and kv_fp8)
