@@ -147,6 +147,20 @@ def check_every_input_of_a_step_is_read(open_runner: Opener) -> None:
     assert step(base, prompt[::-1].copy()) != before
 
 
+def check_what_is_done_meanwhile_is_done_once_for_rows_that_are_accepted(open_runner: Opener) -> None:
+    runner, done = open_runner(slots=3), []
+    canvas = runner.limits.canvas
+    rows = [
+        DenoiseRow(slot, np.full(canvas, 2, np.int32), 0.5, np.zeros(canvas, np.float32), first=True)
+        for slot in range(3)
+    ]
+    with pytest.raises(InputError, match="is empty"):
+        runner.denoise(rows, lambda: done.append("refused"))
+    runner.encode([EncodeRow(slot, np.arange(2, 5, dtype=np.int32), 0) for slot in range(3)])
+    runner.denoise(rows, lambda: done.append("accepted"))
+    assert done == ["accepted"]
+
+
 def check_bad_rows_are_refused_and_change_nothing(open_runner: Opener) -> None:
     runner = open_runner(slots=2)
     limits = runner.limits

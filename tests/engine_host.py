@@ -8,6 +8,7 @@ was never written holds ``poison``, the soft embeddings of a slot without a canv
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ class HostEngine:
             self._length[row.slot] += len(row.tokens)
         return results
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Any = None) -> list[DenoiseResult]:
         """One call of the network, or as many as there are rows that want logits: a call gives those of one canvas."""
         check_denoise(self.limits, self._length, rows)
         later = {row.slot for row in [row for row in rows if row.want_logits][1:]}

@@ -166,7 +166,7 @@ class Watched:
             self.held[row.slot] = np.concatenate([held[: row.position], row.tokens])
             self.filled[row.slot] = self.tick
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Any = None) -> list[DenoiseResult]:
         results = self._call(self.runner.denoise, rows)
         for row, result in zip(rows, results, strict=True):
             self._stepped(row, result)

@@ -139,7 +139,7 @@ class Gate(FakeRunner):
         self.open = threading.Event()
         self.steps = threading.Semaphore(0)
 
-    def denoise(self, rows: Any) -> Any:
+    def denoise(self, rows: Any, meanwhile: Any = None) -> Any:
         if not self.open.is_set():
             self.steps.acquire(timeout=30)
         return super().denoise(rows)

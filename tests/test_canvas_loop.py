@@ -68,7 +68,7 @@ class Gated(FakeRunner):
         base = {"context": 160, "chunk": 16, "canvas": 8}
         super().__init__(slots, **{**base, **options})
 
-    def denoise(self, rows: Sequence[Any]) -> list[Any]:
+    def denoise(self, rows: Sequence[Any], meanwhile: Any = None) -> list[Any]:
         self.inside.set()
         assert self.gate.wait(SOON)
         return super().denoise(rows)

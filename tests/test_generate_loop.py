@@ -104,7 +104,7 @@ class TableRunner:
             self.contexts[row.slot] = self.contexts[row.slot][: row.position] + row.tokens.tolist()
             assert self.length(row.slot) < self.limits.context, "a request that never ends"
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Any = None) -> list[DenoiseResult]:
         return [self.denoise_row(row) for row in rows]
 
     def denoise_row(self, row: DenoiseRow) -> DenoiseResult:
@@ -316,7 +316,7 @@ class Failing:
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         self.call(self.runner.encode, rows)
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Any = None) -> list[DenoiseResult]:
         return self.call(self.runner.denoise, rows)
 
 

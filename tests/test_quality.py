@@ -53,7 +53,7 @@ class Recorded(FakeRunner):
         self._change = change
         self.seen: list[tuple[DenoiseRow, DenoiseResult]] = []
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Any = None) -> list[DenoiseResult]:
         results = [self._change(result) for result in super().denoise(rows)]
         self.seen += [pair for pair in zip(rows, results, strict=True) if pair[0].want_logits]
         return results
@@ -75,7 +75,7 @@ class Failing(FakeRunner):
         self._count("encode")
         super().encode(rows)
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Any = None) -> list[DenoiseResult]:
         self._count("denoise" if rows[0].want_logits else "free")
         return super().denoise(rows)
 

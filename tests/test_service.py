@@ -155,7 +155,7 @@ def test_a_request_that_takes_too_long_is_given_up(how: str) -> None:
 class Faulty(FakeRunner):
     """Fails in the step of one prompt's canvas."""
 
-    def denoise(self, rows: Any) -> Any:
+    def denoise(self, rows: Any, meanwhile: Any = None) -> Any:
         if any(13 in self._contexts[row.slot][:1] for row in rows):
             raise RuntimeError("the device said no")
         return super().denoise(rows)

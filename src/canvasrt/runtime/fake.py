@@ -6,7 +6,7 @@ the step before, so a caller that forgets or mixes up any of them gets another t
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,10 @@ class FakeRunner:
         eos_token_id: int = 1,
         eos_every: int = 24,
         window: int = 1 << 30,
+        overlaps: bool = False,
+        joins_others: bool = False,
     ) -> None:
-        self._limits = RunnerLimits(slots, context, chunk, canvas, vocabulary)
+        self._limits = RunnerLimits(slots, context, chunk, canvas, vocabulary, None, overlaps, joins_others)
         self._eos, self._eos_every = eos_token_id, eos_every
         self._window = window
         self._contexts: list[NDArray[np.int32]] = [np.zeros(0, np.int32) for _ in range(slots)]
@@ -61,8 +63,10 @@ class FakeRunner:
             self._contexts[row.slot] = np.concatenate([self._contexts[row.slot][: row.position], row.tokens])
         self.calls.append(("encode", tuple(row.slot for row in rows)))
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Callable[[], None] | None = None) -> list[DenoiseResult]:
         check_denoise(self._limits, [len(context) for context in self._contexts], rows)
+        if meanwhile is not None:
+            meanwhile()
         self.calls.append(("denoise", tuple(row.slot for row in rows)))
         return [self._denoise_row(row) for row in rows]
 

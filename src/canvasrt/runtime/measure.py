@@ -1,7 +1,7 @@
 """Measures a set of requests over a runner: the figures that ``canvasrt generate`` and ``bench`` print."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from canvasrt.diffusion.request import RequestState
@@ -58,9 +58,9 @@ class TimedRunner:
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         self._runner.encode(rows)
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Callable[[], None] | None = None) -> list[DenoiseResult]:
         started = time.perf_counter()
-        results = self._runner.denoise(rows)
+        results = self._runner.denoise(rows, meanwhile)
         self.seconds += time.perf_counter() - started
         self.calls += 1
         return results

@@ -4,7 +4,7 @@ A row names its request's slot and never its place in a batch; a runner may batc
 likes, and a row's result must not depend on its neighbours. Knows nothing of devices, prompts as text, or scheduling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,11 @@ class RunnerLimits:
     chunk: int  # context tokens per row that one pass encodes; longer rows are split
     canvas: int  # tokens of a canvas
     vocabulary: int
+    canvases: int | None = None  # rows that one call denoises; more of them are several calls. None: any number
+    # Another device computes: what a caller does meanwhile costs nothing.
+    overlaps: bool = False
+    # A finished canvas costs no call of its own where its slot does not denoise before the next call.
+    joins_others: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,11 @@ class EngineRunner(Protocol):
         """Appends each row's tokens to its slot's context."""
         ...
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
-        """One step for each row, in the rows' order; contexts stay as they are."""
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Callable[[], None] | None = None) -> list[DenoiseResult]:
+        """One step for each row, in the rows' order; contexts stay as they are.
+
+        ``meanwhile`` is called once when the rows were accepted, while the device works if another one does.
+        """
         ...
 
     def release(self, slot: int) -> None:

@@ -55,7 +55,9 @@ class TensorRTRunner:
             raise InputError(f"a bundle of {shapes.canvases} canvases in a call needs as many slots, not {slots}")
         self._device: CudaDevice = engine.device
         self._manifest, self._spec = manifest, spec
-        self._limits = RunnerLimits(slots, shapes.context, shapes.chunk, shapes.canvas, spec.vocab_size)
+        self._limits = RunnerLimits(
+            slots, shapes.context, shapes.chunk, shapes.canvas, spec.vocab_size, shapes.canvases, True, True
+        )
         self._slots = Slots(slots, shapes.window, shapes.sliding)
         self._placement = Placement(slots)
         self._pending: dict[int, Ints] = {}  # slot -> a canvas's length of tokens that join the next decoder call
@@ -84,11 +86,6 @@ class TensorRTRunner:
     def launches(self) -> int:
         """Calls that were launches of a graph."""
         return self._contexts.launched
-
-    @property
-    def most_canvases(self) -> int:
-        """Rows that one call denoises; more are run one call after another."""
-        return self._shapes.canvases
 
     def length(self, slot: int) -> int:
         check_slot(self._limits, slot)
@@ -169,7 +166,8 @@ class TensorRTRunner:
         apart = {row.slot for row in [row for row in rows if row.want_logits][1:]}
         others = [row for row in rows if row.slot not in apart]
         others.sort(key=lambda row: self._placement.place(row.slot))
-        together = [others[start : start + self.most_canvases] for start in range(0, len(others), self.most_canvases)]
+        most = self._shapes.canvases
+        together = [others[start : start + most] for start in range(0, len(others), most)]
         return together + [[row] for row in rows if row.slot in apart]
 
     def _prefill(self, slot: int, tokens: Ints) -> None:

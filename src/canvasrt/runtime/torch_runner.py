@@ -3,7 +3,7 @@
 Float32 on a CPU by default. All tokens of a call are one sequence without padding; only attention tells rows apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,10 @@ class TorchRunner:
             self._cache.slots.commit(slot, len(tokens))
 
     @torch.inference_mode()
-    def denoise(self, rows: Sequence[DenoiseRow]) -> list[DenoiseResult]:
+    def denoise(self, rows: Sequence[DenoiseRow], meanwhile: Callable[[], None] | None = None) -> list[DenoiseResult]:
         check_denoise(self._limits, self._lengths(), rows)
+        if meanwhile is not None:
+            meanwhile()
         if not rows:
             return []
         # The sampler looks for limits in the last rows only, and neighbouring slots are read without a copy.

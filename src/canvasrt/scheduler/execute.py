@@ -10,15 +10,17 @@ from canvasrt.scheduler.types import Outcome, Tick
 Row = TypeVar("Row", bound=Any)
 
 
-def execute(runner: EngineRunner, tick: Tick) -> Outcome:
-    """Errors of `EngineRunner.release` pass through: the runner can't be used any more."""
+def execute(runner: EngineRunner, tick: Tick, meanwhile: Callable[[], None] | None = None) -> Outcome:
+    """``meanwhile`` may be called several times, or never. Errors of `EngineRunner.release` pass through: the runner
+    can't be used any more.
+    """
     for slot in tick.release:
         runner.release(slot)
     failed: dict[int, Exception] = {}
     denoised: dict[int, DenoiseResult] = {}
     _call(runner.encode, tick.encode, failed)
     rows = [row for row in tick.denoise if row.slot not in failed]
-    for row, result in _call(runner.denoise, rows, failed):
+    for row, result in _call(lambda rows: runner.denoise(rows, meanwhile), rows, failed):
         denoised[row.slot] = result
     return Outcome(denoised, failed)
 

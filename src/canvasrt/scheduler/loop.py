@@ -48,6 +48,8 @@ class CanvasLoop:
         self._runner = runner
         self._listener = listener
         self._clock = clock
+        self._overlaps = runner.limits.overlaps
+        self._news: list[tuple[Sequence[Event], Turn | None]] = []  # not told yet, in order
         self._scheduler = Scheduler(runner.limits, policy, runner.can_rewind)
         self._lock = threading.Lock()  # of the scheduler and what follows
         self._changed = threading.Condition(self._lock)
@@ -128,26 +130,34 @@ class CanvasLoop:
     def _turn(self) -> None:
         with self._lock:
             tick = self._scheduler.plan(self._clock())
-        self._tell(tick.events, None)
+        self._news.append((tick.events, None))
+        if not (self._overlaps and tick.denoise):
+            self._tell()
         started = self._clock()
-        outcome = execute(self._runner, tick)
+        outcome = execute(self._runner, tick, self._tell if self._overlaps else None)
         ended = self._clock()
         with self._lock:
             events = self._scheduler.apply(tick, outcome, ended)
             self._turned = ended
-            load = self._scheduler.load
-        self._tell(events, _report(tick, outcome, ended - started, load))
+            load, idle = self._scheduler.load, self._scheduler.idle
+        self._news.append((events, _report(tick, outcome, ended - started, load)))
+        # Where a device works meanwhile, the next step starts first: until then it has nothing to do.
+        if idle or not self._overlaps:
+            self._tell()
 
-    def _tell(self, events: Sequence[Event], turn: Turn | None) -> None:
-        if events or turn:
-            self._listener(events, turn)
+    def _tell(self) -> None:
+        news, self._news = self._news, []
+        for events, turn in news:
+            if events or turn:
+                self._listener(events, turn)
 
     def _break(self, error: Exception) -> None:
         """A runner that can't release a slot, or a fault of ours: everybody is told, and nothing hangs."""
         with self._changed:
             self._broken = error
             events = self._scheduler.fail_all(error, self._clock())
-        self._tell(events, None)
+        self._news.append((events, None))
+        self._tell()
         with self._changed:
             self._resting = True
             self._changed.notify_all()

@@ -3,7 +3,8 @@
 A tick encodes finished canvases and at most `Policy.prefill_tokens` of prompts, then denoises at most `Policy.canvases`
 canvases. What that promises, with S slots and C = Policy.canvases:
 
-- A canvas that is ready takes a step at least once in ceil(S / C) ticks: rows that waited longest go first.
+- A canvas that is ready takes a step at least once in ceil(S / C) ticks: rows that waited longest go first. Where the
+  runner joins finished canvases to others' steps, that is a turn too: two such times lie between two canvases.
 - A prompt of n tokens is encoded within S * ceil(n / prefill_tokens) ticks of its admission: same order.
 - A tick encodes at most prefill_tokens and C canvases, however long prompts are: that bounds the time of a step.
 - A waiting request sees at most `Policy.patience` later ones admitted before it, whatever their priority.
@@ -16,7 +17,7 @@ import numpy as np
 
 from canvasrt.diffusion.request import RequestState
 from canvasrt.errors import BusyError, InputError
-from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, RunnerLimits
+from canvasrt.runtime.protocol import EncodeRow, RunnerLimits
 from canvasrt.runtime.rows import denoise_row
 from canvasrt.scheduler.slots import SlotTable, Tokens
 from canvasrt.scheduler.types import Event, EventKind, Load, Outcome, Policy, Request, Tick
@@ -45,6 +46,7 @@ class Scheduler:
     def __init__(self, limits: RunnerLimits, policy: Policy, can_rewind: Callable[[int, int], bool]) -> None:
         """``can_rewind``: the runner's; a question that changes nothing."""
         self._policy = policy
+        self._joins_others = limits.joins_others
         self._slots = SlotTable(limits.slots, can_rewind)
         self._waiting: list[_Waiting] = []  # in the order of arrival
         self._running: dict[int, _Running] = {}  # by slot
@@ -106,11 +108,22 @@ class Scheduler:
         left = {row.slot: len(self._running[row.slot].state.to_encode) - len(row.tokens) for row in encode}
         ready = [each for each in self._running.values() if left.get(each.slot, len(each.state.to_encode)) == 0]
         ready.sort(key=lambda each: each.stepped)  # stable: those that are equal go in the order of their admission
-        denoise: list[DenoiseRow] = []
-        for each in ready[: self._policy.canvases]:
+        turn = ready[: self._policy.canvases]
+        for each in turn:
             each.stepped = self._tick
-            denoise.append(denoise_row(each.slot, each.state))
+        if self._joins_others:
+            encode, turn = self._joining(encode, turn)
+        denoise = [denoise_row(each.slot, each.state) for each in turn]
         return Tick(self._tick, release, tuple(encode), tuple(denoise), tuple(events))
+
+    def _joining(self, encode: list[EncodeRow], turn: list[_Running]) -> tuple[list[EncodeRow], list[_Running]]:
+        """Where others denoise, a finished canvas takes its turn as a row beside them and denoises from the next tick
+        on: it would be a call of its own if it did so in this one.
+        """
+        finished = {row.slot for row in encode if self._running[row.slot].state.canvas.index > 0}
+        later = finished - {each.slot for each in turn}
+        stepping = [each for each in turn if each.slot not in finished]
+        return [row for row in encode if row.slot not in later], stepping or turn
 
     def apply(self, tick: Tick, outcome: Outcome, now: float) -> list[Event]:
         """What the tick brought. Requests whose slot failed end; everybody else goes on."""
