@@ -75,11 +75,12 @@ def test_a_canvas_that_waits_for_its_turn_is_encoded_in_it() -> None:
     check_sound(session)
 
 
-def test_the_check_notices_a_scheduler_that_encodes_more_than_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_notices_a_scheduler_that_encodes_all_that_waited_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Scheduler._joining
 
     def eager(self: Scheduler, encode: list[Any], turn: list[Any]) -> Any:
-        return encode, original(self, encode, turn)[1]
+        kept, stepping = original(self, encode, turn)
+        return encode if stepping is turn else kept, stepping
 
     monkeypatch.setattr(Scheduler, "_joining", eager)
     monkeypatch.setattr(scheduling_loads, "fake", lambda *a, **b: fake(*a, **b, joins_others=True))
