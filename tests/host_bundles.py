@@ -1,7 +1,9 @@
 """Bundles as ``canvasrt build`` writes them, whose engines run on this machine's CPU, and runners over them."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from canvasrt.compile.buildplan import BuildPlan
@@ -12,7 +14,7 @@ from canvasrt.runtime.cuda_device import CudaDevice
 from canvasrt.runtime.open_bundle import BundleOptions, Hardware, Loaded, open_bundle
 from canvasrt.runtime.tensorrt_runner import TensorRTRunner
 from host_gpu import HostDriver
-from host_tensorrt import HostTensorRT, compiling
+from host_tensorrt import PLANS, Described, HostTensorRT, compiling
 
 DENSE = Moe(formulation="dense")
 
@@ -31,8 +33,18 @@ def host_bundle(
 ) -> Path:
     """``options`` of the build plan. In float32 results can be compared token by token."""
     plan = BuildPlan(checkpoint=str(checkpoint), profile=profile, out=str(folder), **{"moe": DENSE, **options})
-    with compiling(precision):
+    with compiling(precision, json.dumps([precision, plan.model_dump(mode="json")])):
         return build(prepare(plan), quiet).path
+
+
+class ElsewhereTensorRT(HostTensorRT):
+    """Of a process that has not built the bundle: it describes the network again."""
+
+    def described(self, plan: bytes) -> Described | None:
+        precision, recipe = json.loads(plan.partition(b"\n")[0])
+        with TemporaryDirectory() as folder, compiling(precision):
+            build(prepare(BuildPlan.model_validate({**recipe, "out": f"{folder}/bundle"}, strict=False)), quiet)
+        return list(PLANS.values())[-1]
 
 
 @dataclass

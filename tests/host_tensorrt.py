@@ -8,7 +8,7 @@ call's shapes must lie in the ranges that the engine is built for.
 import contextlib
 import ctypes
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,8 @@ from canvasrt.compile import compiler, job
 from canvasrt.ops.tensorrt_graph import EnginePrecision, Graph
 from host_gpu import HostDriver, IllegalAddressError
 from trt_interpreter import Interpreter
-from trt_interpreter_values import TORCH_TYPES, weights_bytes
+from trt_interpreter_values import TORCH_TYPES, weights_address, weights_bytes
 
-PLAN_BYTES = 64
 SCRATCH_BYTES = 4096
 
 
@@ -49,8 +48,11 @@ _NUMBERS = itertools.count()
 
 
 @contextlib.contextmanager
-def compiling(precision: EnginePrecision) -> Iterator[None]:
-    """``canvasrt.compile.job.build`` writes bundles whose plans `HostTensorRT` runs."""
+def compiling(precision: EnginePrecision, recipe: str = "") -> Iterator[None]:
+    """``canvasrt.compile.job.build`` writes bundles whose plans `HostTensorRT` runs.
+
+    ``recipe`` lies in the plan, and says how another process describes the same network.
+    """
     graphs: list[Graph] = []
     asked: list[dict[str, Any]] = []
 
@@ -63,7 +65,7 @@ def compiling(precision: EnginePrecision) -> Iterator[None]:
         asked.append(by_range)
 
     def run(trt_: Any, builder: Any, network: Any, config: Any, sink: Any, progress: Any, log: Any) -> int:
-        plan = f"host plan {next(_NUMBERS)}".encode().ljust(PLAN_BYTES)
+        plan = f"{recipe}\n{next(_NUMBERS)}".encode()
         PLANS[plan] = Described(builder, graphs[-1], network, asked[-1])
         sink(plan)
         return 0
@@ -96,6 +98,10 @@ class HostTensorRT:
         self.contexts = 0
         self.kernels = b"kernels of this GPU"
 
+    def described(self, plan: bytes) -> Described | None:
+        """Of a plan of this process; subclasses know others."""
+        return PLANS.get(plan)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(trt, name)
 
@@ -114,7 +120,7 @@ class HostRuntime:
         return self._module.validity, 0
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> "HostCudaEngine | None":
-        described = PLANS.get(bytes(serialized_engine))
+        described = self._module.described(bytes(serialized_engine))
         if described is None:
             self._logger.log(trt.ILogger.ERROR, "Serialization assertion failed: magic tag does not match")
             return None
@@ -263,7 +269,7 @@ class HostRefitter:
         if layer is None or (layer.get_output(0).dtype, trt.volume(layer.shape)) != (weights.dtype, weights.size):
             self._logger.log(trt.ILogger.ERROR, f"{name}: rejected, {weights.size} of {weights.dtype}")
             return False
-        self._set[name] = (_pointer(weights), weights_bytes(weights.dtype, weights.size))
+        self._set[name] = (weights_address(weights), weights_bytes(weights.dtype, weights.size))
         return True
 
     def unset_named_weights(self, name: str) -> bool:
@@ -282,12 +288,3 @@ class HostRefitter:
         if len(self._done) == len(self._engine.described.placeholders):
             self._engine.interpreter = Interpreter(self._engine.described.network)
         return True
-
-
-def _pointer(weights: Any) -> int:
-    from trt_interpreter_values import weights_address
-
-    return weights_address(weights)
-
-
-Inputs = Mapping[str, torch.Tensor]

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,11 +26,7 @@ def _joining(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gaps(session: Session) -> list[int]:
     """Ticks from one step of a request to its next."""
-    return [
-        after - before
-        for ticks in session.runner.steps.values()
-        for before, after in zip(ticks, ticks[1:], strict=False)
-    ]
+    return [after - before for ticks in session.runner.steps.values() for before, after in pairwise(ticks)]
 
 
 @pytest.mark.usefixtures("_joining")
@@ -61,7 +58,7 @@ def test_a_finished_canvas_rides_along_where_others_denoise_and_goes_on_in_the_n
 def test_canvases_that_finish_together_denoise_at_once() -> None:
     session = Session(replace(POLICY, canvases=2), fake(2, joins_others=True))
     session.submit(steady(0, 3, canvases=2, steps=3), steady(1, 3, canvases=2, steps=3))
-    assert session.finish().runner.steps == dict.fromkeys((0, 1), [1, 2, 3, 4, 5, 6])
+    assert session.finish().runner.steps == {slot: [1, 2, 3, 4, 5, 6] for slot in (0, 1)}
 
 
 def test_a_canvas_that_waits_for_its_turn_is_encoded_in_it() -> None:

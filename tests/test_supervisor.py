@@ -224,7 +224,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["nowhere"], "nowhere"),
         (["BROKEN"], "model.safetensors"),
-        (["BUNDLE"], "the runner for engines comes with a later version; serve its checkpoint on the CPU"),
+        (["BUNDLE", "--set", "context=4096"], "was built for a context of 32768 tokens, which no setting changes"),
         (["CHECKPOINT", "--set", "slots=0"], "--set slots=0: "),
         (["CHECKPOINT", "--set", "slot=1"], "--set slot=1: expected KEY=VALUE"),
         (["CHECKPOINT", "--http-port", "8001"], "--http-port and --grpc-port are both 8001"),

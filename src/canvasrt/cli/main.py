@@ -6,7 +6,15 @@ import typer
 
 from canvasrt import __version__
 from canvasrt.cli import bench, build, chat, generate, inspect, plan, profiles, quantize, serve, verify
-from canvasrt.errors import CancelledError, CanvasRTError, CapacityError, ServerError, TimedOutError
+from canvasrt.errors import (
+    DEVICE_EXIT,
+    CancelledError,
+    CanvasRTError,
+    CapacityError,
+    DeviceError,
+    ServerError,
+    TimedOutError,
+)
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
@@ -63,13 +71,17 @@ def _exit_code(error: CanvasRTError) -> int:
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done, 1 a check or the server failed, 2 wrong input, 3 a limit was reached, 130 interrupted.
+    Exit codes: 0 done, 1 a check or the server failed, 2 wrong input, 3 a limit was reached, 70 the GPU failed,
+    130 interrupted.
     """
     try:
         app()
     except CanvasRTError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(_exit_code(error))
+    except DeviceError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(DEVICE_EXIT)
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise

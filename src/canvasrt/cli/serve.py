@@ -11,10 +11,7 @@ from typing import Annotated
 
 import typer
 
-from canvasrt.bundle.reader import EngineBundle
-from canvasrt.bundle.staging import is_bundle
-from canvasrt.checkpoint import Checkpoint
-from canvasrt.errors import BundleError
+from canvasrt.serve.model import check_model
 from canvasrt.serve.model_repository import write_repository
 from canvasrt.serve.settings import ServeSettings
 from canvasrt.serve.supervisor import Addresses, Supervisor, Timing
@@ -60,12 +57,12 @@ def serve(
         bool, typer.Option("--json", help="Print one line of JSON on standard output when the server is ready.")
     ] = False,
 ) -> None:
-    """Serve a checkpoint through Triton, over HTTP and gRPC, until SIGTERM or Ctrl-C.
+    """Serve a checkpoint or an engine bundle through Triton, over HTTP and gRPC, until SIGTERM or Ctrl-C.
 
     Says READY on standard error when requests are answered. A model that no longer answers is loaded again.
     """
     wanted = ServeSettings.parse(model.absolute(), [f"drain_seconds={drain_seconds:g}", *(settings or [])])
-    _check(model)
+    check_model(wanted)
     addresses = Addresses(host, http_port, grpc_port, metrics_port)
     addresses.check()
     timing = Timing(load=load_seconds, canary=canary_seconds, answer=answer_seconds, drain=drain_seconds)
@@ -90,17 +87,6 @@ def serve(
         _say(f"loading {model} into {triton.server}")
         code = Supervisor(launch, work / "models", work, addresses, timing, ready, _say, verbose).run()
     raise typer.Exit(code)
-
-
-def _check(model: Path) -> None:
-    """Raises what is wrong with the folder before a server is started for it."""
-    if is_bundle(model):
-        EngineBundle.open(model, verify="sizes")
-        raise BundleError(
-            f"{model} is an engine bundle: the runner for engines comes with a later version; serve its checkpoint "
-            "on the CPU"
-        )
-    Checkpoint.open(model)
 
 
 def _say(line: str) -> None:

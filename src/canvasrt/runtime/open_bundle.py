@@ -63,7 +63,7 @@ def open_bundle(folder: Path, options: BundleOptions, progress: Progress, hardwa
     bundle = EngineBundle.open(folder, options.verify)
     manifest = bundle.manifest
     bundle.check_servable()
-    source = WeightSource(bundle, _checkpoint(bundle, options.checkpoint))
+    source = WeightSource(bundle, weights_of(bundle, options.checkpoint))
     spec = ModelSpec.load(bundle.path)
     trt = hardware.library(manifest)
     bundle.check_compiler(_NAMES[trt.__name__], str(trt.__version__))
@@ -123,7 +123,10 @@ def cache_file(bundle: Path) -> Path:
     return real.with_name(f"{real.name}.kernels")
 
 
-def _checkpoint(bundle: EngineBundle, folder: Path | None) -> Checkpoint | None:
+def weights_of(bundle: EngineBundle, folder: Path | None) -> Checkpoint | None:
+    """The checkpoint that fills a bundle's weights, where they are not inside. Raises BundleError for a missing or
+    another one.
+    """
     if not bundle.manifest.needs_checkpoint:
         return None
     if folder is None:

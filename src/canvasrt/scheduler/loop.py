@@ -44,10 +44,13 @@ class CanvasLoop:
         policy: Policy,
         listener: Listener,
         clock: Callable[[], float] = time.monotonic,
+        on_broken: Callable[[Exception], None] = lambda error: None,
     ) -> None:
+        """``on_broken`` is called when an error has ended the loop and everybody was told."""
         self._runner = runner
         self._listener = listener
         self._clock = clock
+        self._on_broken = on_broken
         self._overlaps = runner.limits.overlaps
         self._news: list[tuple[Sequence[Event], Turn | None]] = []  # not told yet, in order
         self._scheduler = Scheduler(runner.limits, policy, runner.can_rewind)
@@ -161,6 +164,7 @@ class CanvasLoop:
         with self._changed:
             self._resting = True
             self._changed.notify_all()
+        self._on_broken(error)
 
 
 def _report(tick: Tick, outcome: Outcome, seconds: float, load: Load) -> Turn:

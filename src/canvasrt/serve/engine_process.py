@@ -23,10 +23,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from canvasrt.diffusion.request import RequestState
-from canvasrt.errors import BusyError, CanvasRTError, ServerError
+from canvasrt.errors import DEVICE_EXIT, BusyError, CanvasRTError, DeviceError, ServerError
 from canvasrt.scheduler.loop import CanvasLoop, Listener, Turn
 from canvasrt.scheduler.types import ENDS, Event, Request
 from canvasrt.serve.answer import StopText
+from canvasrt.serve.log import write_line
 from canvasrt.serve.model import OpenModel, open_model
 from canvasrt.serve.settings import ServeSettings
 
@@ -34,6 +35,7 @@ _NEWS = 0  # number of what nobody asked for
 _TURNS = 32  # that are told together at most where nothing else is to be told: each message wakes the other process
 _ANSWER_SECONDS = 10.0  # a call is answered between two operations of a step
 _END_SECONDS = 10.0
+_TELL_SECONDS = 5.0  # between two lines about loading
 _SILENT = "the engine process does not answer"
 
 
@@ -218,7 +220,7 @@ class _Engine:
         self._served = model.served
         self._sending = threading.Lock()
         self._turns: list[Turn] = []
-        self._loop = CanvasLoop(model.runner, model.policy, self._tell)
+        self._loop = CanvasLoop(model.runner, model.policy, self._tell, on_broken=_end_with_the_gpu)
 
     def serve(self) -> None:
         while True:
@@ -282,9 +284,30 @@ class _Engine:
             self._connection.send(message)
 
 
+def _end_with_the_gpu(error: Exception) -> None:
+    """After a CUDA error nothing runs in this process any more, and its memory is given back only when it ends."""
+    if isinstance(error, DeviceError):
+        write_line("error", "broken", {"message": str(error), "exit_code": DEVICE_EXIT})
+        os._exit(DEVICE_EXIT)
+
+
+class _Loading:
+    """Tells the server's log how far the model is loaded: at the start of each part, then every few seconds."""
+
+    def __init__(self) -> None:
+        self._part = ""
+        self._told = 0.0
+
+    def __call__(self, part: str, done: int, whole: int) -> None:
+        now = time.monotonic()
+        if part != self._part or now - self._told >= _TELL_SECONDS or done == whole:
+            self._part, self._told = part, now
+            write_line("info", "loading", {"part": part, "done": done, "of": whole})
+
+
 def _portable(error: Exception) -> Exception:
     """One that the other process can make of what it gets: a device's error belongs to a library it has not loaded."""
-    known = isinstance(error, CanvasRTError) or type(error).__module__ == "builtins"
+    known = isinstance(error, CanvasRTError | DeviceError) or type(error).__module__ == "builtins"
     return error if known else RuntimeError(f"{type(error).__name__}: {error}")
 
 
@@ -293,6 +316,8 @@ def _how(process: "subprocess.Popen[bytes]") -> str:
         code = process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
         return "it closed its connection but runs"
+    if code == DEVICE_EXIT:
+        return f"exit code {code}: the GPU failed, as its log says"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
@@ -301,10 +326,10 @@ def main(descriptor: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     connection = Connection(descriptor)
     try:
-        model = open_model(ServeSettings.model_validate_json(connection.recv()))
-    except CanvasRTError as error:
-        connection.send(error)
-        return
+        model = open_model(ServeSettings.model_validate_json(connection.recv()), _Loading())
+    except (CanvasRTError, DeviceError) as error:
+        connection.send(error if isinstance(error, CanvasRTError) else ServerError(str(error)))
+        sys.exit(0 if isinstance(error, CanvasRTError) else DEVICE_EXIT)
     connection.send(EngineLimits(model.runner.limits.slots, model.runner.limits.context))
     _Engine(connection, model).serve()
 

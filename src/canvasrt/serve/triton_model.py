@@ -4,8 +4,6 @@ The only file that imports triton_python_backend_utils, which exists inside Trit
 """
 
 import json
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 from canvasrt import wire
 from canvasrt.errors import CanvasRTError
 from canvasrt.serve.engine_process import EngineProcess
+from canvasrt.serve.log import write_line
 from canvasrt.serve.metrics import Family, Metric, Metrics
 from canvasrt.serve.model import open_served
 from canvasrt.serve.responses import Response, as_arrays
@@ -53,16 +52,12 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Triton calls this at once when it is told to stop, while streams are still running."""
         self._service.close(self._drain_seconds)
-        self._write("info", "stopped", {})  # at any level: the supervisor waits for it
+        write_line("info", "stopped", {})  # at any level: the supervisor waits for it
 
     def _log(self, event: str, fields: Mapping[str, object]) -> None:
         level = "error" if "error" in fields else "info"
         if _LEVELS.index(level) >= self._level:
-            self._write(level, event, fields)
-
-    def _write(self, level: str, event: str, fields: Mapping[str, object]) -> None:
-        line = {"time": round(time.time(), 3), "level": level, "event": event, **fields}
-        print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)  # noqa: T201  # the server's log
+            write_line(level, event, fields)
 
 
 class _TritonRequest:
