@@ -26,7 +26,8 @@ class IllegalAddressError(Exception):
 
 
 class HostDriver:
-    """One GPU. ``faults``: results that functions give instead of doing something, by function, once each.
+    """One GPU. ``faults``: results that functions give instead of doing something, by function, once each;
+    ``faults_at``: from their n-th call on.
 
     ``calls`` counts functions, ``moved`` bytes by direction. ``executed`` counts operations that were done.
     """
@@ -49,6 +50,7 @@ class HostDriver:
         self.total, self.name, self.version, self.gpus = memory, name, version, gpus
         self.capability = capability
         self.faults: dict[str, real.CUresult] = {}
+        self.faults_at: dict[str, tuple[int, real.CUresult]] = {}  # from that many calls on
         self.calls: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self._memory: dict[int, Bytes] = {}  # of the GPU, by address
@@ -56,6 +58,8 @@ class HostDriver:
         self._bases: list[int] = []
         self._queue: list[Operation] = []
         self._capture: list[Operation] | None = None
+        self._spoiled = False  # what is being captured
+        self._kept: list[Bytes] = []  # memory that was given back: its address does not come again
         self._dead: real.CUresult | None = None
         self.reason = ""  # of its death
         self._current = threading.local()
@@ -72,6 +76,8 @@ class HostDriver:
                 return function(*arguments)
             if name in self.faults:
                 return (self.faults.pop(name),)
+            if name in self.faults_at and self.calls[name] >= self.faults_at[name][0]:
+                return (self.faults_at[name][1],)
             if self._dead is not None:
                 return (self._dead,)
             needs_context = not name.startswith(("cuInit", "cuDriver", "cuDevice", "cuCtx"))
@@ -157,19 +163,23 @@ class HostDriver:
 
     def cuMemFree(self, dptr: Any) -> Any:
         self._drain()
-        del self._memory[int(dptr)]
+        if int(dptr) not in self._memory:
+            return (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
         self._bases.remove(int(dptr))
-        return (OK,)
+        return self._freed(self._memory.pop(int(dptr)))
 
     def cuMemHostAlloc(self, bytesize: int, Flags: int) -> Any:
+        if bytesize == 0:
+            return (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
         address, content = _allocated(bytesize)
         self._pinned[address] = content
         return OK, address
 
     def cuMemFreeHost(self, p: int) -> Any:
         self._drain()
-        self._pinned.pop(p)
-        return (OK,)
+        if p not in self._pinned:
+            return (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
+        return self._freed(self._pinned.pop(p))
 
     def cuMemcpyHtoDAsync(self, dstDevice: Any, srcHost: int, ByteCount: int, hStream: Any) -> Any:
         source = self._host(srcHost, ByteCount)
@@ -235,6 +245,9 @@ class HostDriver:
 
     def cuStreamEndCapture(self, hStream: Any) -> Any:
         captured, self._capture = self._capture, None
+        if self._spoiled:
+            self._spoiled = False
+            return (real.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,)
         return OK, captured
 
     def cuGraphInstantiate(self, hGraph: Any, flags: int) -> Any:
@@ -254,9 +267,15 @@ class HostDriver:
         return (OK,)
 
     def _queued(self, operation: Operation) -> Any:
-        if self._capture is not None:
-            return (real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)  # ours captures nothing but engine calls
+        if self._capture is not None:  # ours captures nothing but engine calls
+            self._spoiled = True
+            return (real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
         self._queue.append(operation)
+        return (OK,)
+
+    def _freed(self, content: Bytes) -> Any:
+        content[:] = 0xFF
+        self._kept.append(content)
         return (OK,)
 
     def _drain(self) -> None:

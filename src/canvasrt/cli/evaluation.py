@@ -53,20 +53,11 @@ def evaluate(
 
     Raises CapacityError when both do not fit the memory together.
     """
-    own = source.folder / EVALUATION
-    lines = read_prompts(file or (own if own.exists() else input_folder("calibration") / "held-out.jsonl"))[:samples]
-    config, canvas = GenerationConfig.load(source.folder), source.spec.canvas_length
-    prompts = encode_prompts(source.folder, source.spec, lines, canvas)
-    room = source.spec.max_context
-    params = [
-        params_for(source, config, RequestOptions.parse(seed=index), prompt, room)
-        for index, prompt in enumerate(prompts)
-    ]
-    needed = context_for(prompts, params)
+    lines, requests = held_out(source, file, samples, source.spec.max_context)
+    needed = context_for([each.to_encode for each in requests], [each.params for each in requests])
     runners = [
         open_runner(checkpoint, device, "float32", 1, None, needed, exact=exact) for checkpoint in (source, quantized)
     ]
-    requests = [RequestState.new(each, prompt) for each, prompt in zip(params, prompts, strict=True)]
     with progress_bar() as progress:
         task = progress.add_task("comparing with the source", total=len(requests))
         compared = compare(runners[0], runners[1], requests, lambda: progress.advance(task))
@@ -86,6 +77,24 @@ def evaluate(
         bytes_per_step=bytes_per_step(quantized),
         source_bytes_per_step=bytes_per_step(source),
     )
+
+
+def held_out(
+    source: Checkpoint, file: Path | None, samples: int | None, context: int
+) -> tuple[list[PromptLine], list[RequestState]]:
+    """The prompts of ``file``, by default the checkpoint's evaluation.jsonl or the general ones, and requests of them.
+
+    ``context``: tokens that prompt and answer may take.
+    """
+    own = source.folder / EVALUATION
+    lines = read_prompts(file or (own if own.exists() else input_folder("calibration") / "held-out.jsonl"))[:samples]
+    config = GenerationConfig.load(source.folder)
+    prompts = encode_prompts(source.folder, source.spec, lines, source.spec.canvas_length)
+    params = [
+        params_for(source, config, RequestOptions.parse(seed=index), prompt, context)
+        for index, prompt in enumerate(prompts)
+    ]
+    return lines, [RequestState.new(each, prompt) for each, prompt in zip(params, prompts, strict=True)]
 
 
 def print_reports(found: Sequence[Report], as_json: bool) -> None:

@@ -11,39 +11,62 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from canvasrt.bundle.staging import is_bundle
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import CheckpointPath, Device, Dtype, Json, working
+from canvasrt.cli.common import Device, Dtype, Json, working
 from canvasrt.cli.evaluation import evaluate, print_reports
+from canvasrt.cli.verify_bundle import MAX_KL, verify_bundle
 from canvasrt.errors import InputError
 
 FAILED = 1
 
 
 def verify(
-    checkpoint: CheckpointPath,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of a DiffusionGemma checkpoint or an engine bundle.")
+    ],
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: int = typer.Option(0, help="Seed of the random prompts and canvases that are compared."),
     source: Annotated[
         Path | None, typer.Option(help="The checkpoint that CHECKPOINT was quantized from: compare with it instead.")
     ] = None,
+    of: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", help="For a bundle: the checkpoint that it was built from, run by torch on --device."
+        ),
+    ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="Held-out prompts for --source; by default evaluation.jsonl of the source, else ours."),
+        typer.Option(
+            help="Held-out prompts for --source or a bundle; by default evaluation.jsonl of the checkpoint, else ours."
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Prompts to compare with --source; all by default.")
+        int | None, typer.Option(min=1, help="Prompts to compare with --source or a bundle; all by default.")
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(min=0, help="Exit with 1 when the KL divergence from --source is larger.")
+        float | None,
+        typer.Option(
+            min=0, help="Exit with 1 when the KL divergence is larger: of a bundle the median, 0.1 by default."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare this runtime with transformers' reference on a checkpoint: exit code 0 when they agree, 1 when not.
 
     With --source, say how far a quantized checkpoint is from the one that it was made of, in the exact arithmetic of
-    its format.
+    its format. For an engine bundle, compare the engine on the GPU with torch on its checkpoint (--checkpoint).
     """
+    if is_bundle(checkpoint):
+        if source is not None:
+            raise InputError("--source is for checkpoints: a bundle is compared with its own, --checkpoint FOLDER")
+        limit = MAX_KL if max_kl is None else max_kl
+        agrees = verify_bundle(checkpoint, of, device, dtype, evaluation, samples, limit, as_json)
+        raise typer.Exit(0 if agrees else FAILED)
+    if of is not None:
+        raise InputError(f"--checkpoint belongs to a bundle, and {checkpoint} is none")
     if source is not None:
         _compare_with_source(
             Checkpoint.open(checkpoint), Checkpoint.open(source), evaluation, samples, device, max_kl, as_json

@@ -14,7 +14,9 @@ from canvasrt.spec import ModelSpec
 ELEMENT_BYTES = {"bf16": 2, "float": 4, "int32": 4, "bool": 1}
 SOFT = "soft"  # the buffer of the soft embeddings that a canvas keeps
 _GB = 10**9
-_LOGITS_BYTES = 4
+_FLOAT_BYTES = 4
+_SCALARS = 64  # bytes per token of a call: ids, what it sees, limits, uniforms, and what the sampler returns
+_ALIGNMENT_BYTES = 1 << 16  # of all the small tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,9 @@ class EngineMemory:
     sliding_kv: int
     activations: int
     inputs_and_outputs: int
+    per_slot: int  # of the above, what each slot has of its own
     slots: int
+    least_slots: int  # that a plan of so many canvases wants
     context: int
 
     @property
@@ -75,22 +79,33 @@ def engine_memory(manifest: Manifest, spec: ModelSpec, slots: int) -> EngineMemo
     """Of a bundle with so many slots: how many there are is no property of the plan."""
     engine, shapes = text_engine(manifest), manifest.shapes
     buffers = slot_buffers(manifest, spec)
-    sums = {kind: slots * sum(each.place_bytes for each in buffers if each.kind == kind) for kind in _KINDS}
+    each = {kind: sum(buffer.place_bytes for buffer in buffers if buffer.kind == kind) for kind in _KINDS}
     reserved: dict[str, int] = {}
     for region in engine.build.reserved or ():
         reserved[region.shape_range] = reserved.get(region.shape_range, 0) + region.nbytes
-    soft = next(each for each in buffers if each.kind == "soft")
-    calls = shapes.canvases * soft.place_bytes + shapes.chunk * soft.row_bytes  # written by a call; read for a prompt
-    logits = shapes.canvas * spec.vocab_size * _LOGITS_BYTES
     return EngineMemory(
         weights=sum(engine.build.weight_bytes.values()),
-        full_kv=sums["full"],
-        sliding_kv=sums["sliding"],
+        full_kv=slots * each["full"],
+        sliding_kv=slots * each["sliding"],
         activations=max(reserved.values(), default=0),
-        inputs_and_outputs=sums["soft"] + calls + logits + (EXCHANGE_BYTES if slots > 1 else 0),
+        inputs_and_outputs=slots * each["soft"] + _call_bytes(manifest, spec, buffers[-1].row_bytes),
+        per_slot=sum(each.values()),
         slots=slots,
+        least_slots=shapes.canvases,
         context=shapes.context,
     )
+
+
+def _call_bytes(manifest: Manifest, spec: ModelSpec, soft_bytes: int) -> int:
+    """What calls read and write beside slots and weights; ``soft_bytes``: of one token's soft embeddings."""
+    shapes = manifest.shapes
+    canvases = shapes.canvases * shapes.canvas
+    soft = (canvases + shapes.chunk) * soft_bytes  # written by a call; read for a prompt
+    logits = shapes.canvas * spec.vocab_size * _FLOAT_BYTES
+    rotary = sum({layer.kind: layer.head_dim for layer in spec.layers}.values()) * _FLOAT_BYTES  # cosines and sines
+    inputs = 2 * (shapes.chunk + canvases) * (rotary + _SCALARS)  # of both shape ranges: constants, and every step's
+    counts = (shapes.context + max(shapes.chunk, canvases)) * _FLOAT_BYTES
+    return soft + logits + inputs + counts + EXCHANGE_BYTES + _ALIGNMENT_BYTES
 
 
 _KINDS: tuple[Kind, ...] = ("full", "sliding", "soft")
@@ -106,12 +121,11 @@ def shortage(needed: EngineMemory, free: int, total: int, gpu: str) -> str:
     """What is too large, and every number that can be made smaller, with how."""
     parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in needed.items().items())
     advice = []
-    per_slot = (needed.full_kv + needed.sliding_kv) // needed.slots
-    fitting = needed.slots - -(-(needed.total - free) // per_slot) if per_slot else 0
-    if fitting >= 1:
+    fitting = needed.slots - -(-(needed.total - free) // needed.per_slot)
+    if fitting >= needed.least_slots:
         advice.append(f"serve it with slots={fitting} (no build needed)")
-    per_token = needed.full_kv // needed.context
-    context = needed.context - -(-(needed.total - free) // per_token) if per_token else 0
+    per_token = needed.full_kv // needed.context + _FLOAT_BYTES
+    context = needed.context - -(-(needed.total - free) // per_token)
     if context >= needed.context // 8:
         advice.append(f"build it again with --context {context} or less")
     advice.append("build it again with fewer --canvases, a smaller --chunk or a smaller recipe (canvasrt plan)")

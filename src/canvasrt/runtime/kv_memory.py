@@ -59,7 +59,7 @@ class KvMemory:
             self._addresses[buffer.name] = device.allocate(nbytes)
             # A masked key has the weight 0, and 0 times whatever another process left there may be NaN.
             device.clear(self._addresses[buffer.name], nbytes)
-        self._scratch = device.allocate(EXCHANGE_BYTES) if places > 1 else 0
+        self._scratch = device.allocate(EXCHANGE_BYTES)
 
     def address(self, name: str, place: int) -> int:
         return self._addresses[name] + place * self._buffer(name).place_bytes

@@ -37,7 +37,8 @@ class BundleOptions:
     """``checkpoint``: folder, for bundles whose weights are not inside. ``slots``: None for the bundle's own number.
 
     ``cache``: file that keeps the kernels which TensorRT-RTX compiles on this GPU; None for one beside the bundle.
-    ``verify``: "full" reads every byte of the bundle first.
+    ``verify``: "full" reads every byte of the bundle first. ``same_checkpoint``: the checkpoint must be the bundle's
+    even where it is not needed.
     """
 
     checkpoint: Path | None = None
@@ -46,6 +47,7 @@ class BundleOptions:
     verify: Verify = "full"
     captures: bool = True
     warms_up: bool = True
+    same_checkpoint: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ def open_bundle(folder: Path, options: BundleOptions, progress: Progress, hardwa
     bundle = EngineBundle.open(folder, options.verify)
     manifest = bundle.manifest
     bundle.check_servable()
+    if options.same_checkpoint and options.checkpoint is not None:
+        bundle.check_checkpoint(options.checkpoint)
     source = WeightSource(bundle, weights_of(bundle, options.checkpoint))
     spec = ModelSpec.load(bundle.path)
     trt = hardware.library(manifest)

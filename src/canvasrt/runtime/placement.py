@@ -21,7 +21,7 @@ class Placement:
         """Brings slots together, in any order: the first of their places, and the pairs of slots to exchange.
 
         They count as exchanged. ``cost``: of moving a slot, 0 for an empty one. Takes the cheapest neighbouring
-        places, the first of equal ones, so that slots that lie together already stay.
+        places, the first of equal ones, so that slots that hold something and lie together already stay.
         """
         wanted = set(slots)
 

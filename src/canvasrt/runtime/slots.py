@@ -38,6 +38,7 @@ class Slots:
         self._slots[slot] = _Slot()
 
     def can_rewind(self, slot: int, length: int) -> bool:
+        """Whether what comes before ``length`` is there; a length that is not reached forgets nothing."""
         held, start = self._slots[slot].length, self._slots[slot].start
         return length == 0 or length >= held or max(0, length - self._window) >= start
 
@@ -53,7 +54,7 @@ class Slots:
     def rewind(self, slot: int, length: int) -> None:
         """Forgets the tokens from ``length`` on. Raises CapacityError as `check_rewind`."""
         self.check_rewind(slot, length)
-        self._slots[slot].length = length
+        self._slots[slot].length = min(length, self._slots[slot].length)
         if length == 0:
             self._slots[slot].start = 0
 
