@@ -25,6 +25,11 @@ from trt_interpreter import Interpreter
 from trt_interpreter_values import TORCH_TYPES, weights_address, weights_bytes
 
 SCRATCH_BYTES = 4096
+# Of what the runtime uses, what datacenter TensorRT does not have; test_host_tensorrt.py compares.
+RTX_ONLY = {
+    "EngineValidity", "CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "get_engine_validity",
+    "create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy",
+}  # fmt: skip
 
 
 class Described:
@@ -84,10 +89,10 @@ class HostTensorRT:
     ``calls`` counts engine calls; ``last`` keeps what the last one was given and gave.
     """
 
-    __name__ = "tensorrt_rtx"
     __version__ = trt.__version__
 
-    def __init__(self, driver: HostDriver, refits: str = "together") -> None:
+    def __init__(self, driver: HostDriver, refits: str = "together", name: str = "tensorrt_rtx") -> None:
+        self.__name__ = name
         self.driver = driver
         self.refits = refits
         self.calls = 0
@@ -103,6 +108,8 @@ class HostTensorRT:
         return PLANS.get(plan)
 
     def __getattr__(self, name: str) -> Any:
+        if self.__name__ == "tensorrt" and name in RTX_ONLY:
+            raise AttributeError(f"module 'tensorrt' has no attribute {name!r}")
         return getattr(trt, name)
 
     def Runtime(self, logger: Any) -> "HostRuntime":
@@ -112,7 +119,23 @@ class HostTensorRT:
         return HostRefitter(self, engine, logger)
 
 
-class HostRuntime:
+class Datacenter:
+    """A base whose subclasses have only what the library of their module has."""
+
+    _module: HostTensorRT
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in RTX_ONLY and self._module.__name__ == "tensorrt":
+            raise AttributeError(f"TensorRT has no {name}")
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in RTX_ONLY and self._module.__name__ == "tensorrt":
+            raise AttributeError(f"TensorRT has no {name}")
+        super().__setattr__(name, value)
+
+
+class HostRuntime(Datacenter):
     def __init__(self, module: HostTensorRT, logger: Any) -> None:
         self._module, self._logger = module, logger
 
@@ -145,12 +168,13 @@ class HostCudaEngine:
         return HostContext(self)
 
 
-class HostRuntimeConfig:
+class HostRuntimeConfig(Datacenter):
+    cuda_graph_strategy: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
     def __init__(self, module: HostTensorRT) -> None:
         self._module = module
         self.strategy: Any = None
-        self.cuda_graph_strategy: Any = None
-        self.dynamic_shapes_kernel_specialization_strategy: Any = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
@@ -272,8 +296,8 @@ class HostRefitter:
         self._set[name] = (weights_address(weights), weights_bytes(weights.dtype, weights.size))
         return True
 
-    def unset_named_weights(self, name: str) -> bool:
-        return self._set.pop(name, None) is not None
+    def unset_named_weights(self, weights_name: str) -> bool:
+        return self._set.pop(weights_name, None) is not None
 
     def refit_cuda_engine(self) -> bool:
         if self.get_missing_weights():

@@ -1,6 +1,7 @@
 """Loading a bundle: weights by name, what is refused and in which words, memory that is not there, kept kernels."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -328,6 +329,26 @@ def test_kernels_are_kept_beside_the_bundle_and_used_again(inside: Path, tmp_pat
 def test_kernels_that_can_not_be_kept_are_a_warning(inside: Path, tmp_path: Path) -> None:
     (warning,) = Host().load(inside, cache=tmp_path / "missing" / "file").warnings
     assert "the next start compiles them again" in warning
+
+
+# Datacenter TensorRT
+
+
+def test_a_bundle_of_datacenter_tensorrt_needs_nothing_that_only_rtx_has(inside: Path, tmp_path: Path) -> None:
+    """No runtime cache: its kernels are chosen when the plan is built."""
+    folder = tmp_path / "h100"
+    shutil.copytree(inside, folder)
+    manifest = EngineBundle.open(inside).manifest
+    compiler, target = manifest.compiler.model_copy(update={"name": "tensorrt"}), manifest.target
+    target = target.model_copy(update={"compute_capability": "9.0", "profile": "h100"})
+    changed = manifest.model_copy(update={"compiler": compiler, "target": target})
+    (folder / "manifest.json").write_bytes(changed.to_bytes())
+    made = Host(HostDriver(capability=(9, 0), name="NVIDIA H100 80GB HBM3"))
+    with pytest.raises(BundleError, match=r"compiled by tensorrt .* and tensorrt-rtx .* is installed"):
+        made.load(folder)
+    made.library = HostTensorRT(made.driver, name="tensorrt")
+    assert_equal(answers(made.open(folder)), answers(Host().open(inside)))
+    assert not cache_file(folder).exists()
 
 
 # Threads, and this machine

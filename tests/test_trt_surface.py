@@ -16,7 +16,8 @@ from trt_surface import ALLOWED_RTX_ONLY, SURFACE, Surface, Use, record, recorde
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(canvasrt.__file__).parent
-SOURCES = [*sorted(PACKAGE.glob("ops/tensorrt*.py")), *sorted(PACKAGE.glob("compile/*.py"))]
+FOLDERS = ("ops/tensorrt*.py", "compile/*.py", "runtime/tensorrt*.py", "runtime/refit.py", "runtime/open_bundle.py")
+SOURCES = [file for pattern in FOLDERS for file in sorted(PACKAGE.glob(pattern))]
 
 TABLE: dict[str, Any] = json.loads(SURFACE.read_text(encoding="utf-8"))
 DATACENTER = Surface(TABLE)

@@ -32,6 +32,9 @@ ALLOWED_RTX_ONLY = {
     "ComputeCapability": "names the GPUs that are built for; datacenter TensorRT builds for the GPU it runs on",
     "IBuilderConfig.num_compute_capabilities": "the same",
     "IBuilderConfig.set_compute_capability": "the same",
+    "EngineValidity": "plans that are compiled elsewhere than they run",
+    "CudaGraphStrategy": "kernels that are compiled while a call waits",
+    "DynamicShapesKernelSpecializationStrategy": "the same",
 }
 
 # Values that are handed out as they are: Python reads them through protocols that a wrapper cannot offer.
