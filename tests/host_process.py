@@ -1,4 +1,4 @@
-"""Imported by an engine process of a test: bundles run on the network interpreter, and the GPU fails when told to.
+"""For an engine process of a test: bundles run on the network interpreter, and the GPU fails when told to.
 
 CANVASRT_TEST_FAULT names a file: while it exists, the next wait for the GPU fails as after an illegal access.
 """
@@ -28,4 +28,6 @@ class HostHardware(canvasrt.runtime.open_bundle.Hardware):
         super().__init__(host.hardware.device, host.hardware.library)
 
 
-canvasrt.runtime.open_bundle.Hardware = HostHardware  # type: ignore[misc]
+def install() -> None:
+    """For all of this process."""
+    canvasrt.runtime.open_bundle.Hardware = HostHardware  # type: ignore[misc]

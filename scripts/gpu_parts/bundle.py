@@ -4,33 +4,19 @@ The bundle is built from a config.json alone and gets random weights, or is one 
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
-import canvasrt.runtime.open_bundle as opening
 from canvasrt.bundle.manifest import Manifest
 from canvasrt.bundle.reader import EngineBundle
 from canvasrt.compile.choices import chosen_source
 from canvasrt.compile.source import ModelSource
 from canvasrt.errors import CanvasRTError, DeviceError
 from canvasrt.profiles.profile import GpuProfile
-from canvasrt.runtime.cuda_device import OutOfMemoryError
-from canvasrt.runtime.engine_memory import check_memory, engine_memory, text_engine
-from canvasrt.runtime.open_bundle import (
-    _NAMES,
-    BundleOptions,
-    Hardware,
-    Loaded,
-    _load,
-    _save_cache,
-    cache_file,
-    open_bundle,
-)
+from canvasrt.runtime.engine_memory import text_engine
+from canvasrt.runtime.open_bundle import BundleOptions, Hardware, Loaded, cache_file, open_bundle
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
 from canvasrt.runtime.tensorrt_runner import TensorRTRunner
 from canvasrt.spec import ModelSpec
@@ -46,30 +32,16 @@ LEAST_WARMUP = 4  # a step is captured the third time that it runs
 
 
 class Phases:
-    """Listens to a load: when each of its parts was spoken of last. Within `refits`, how long refitting takes."""
+    """Listens to a load: when each of its parts was spoken of first and last."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
-        self._refit = 0.0
         self._started = time.perf_counter()
 
     def __call__(self, phase: str, done: int, whole: int) -> None:
-        if phase not in self._last and phase == "plan":
+        if not self._last:
             self._started = time.perf_counter()
         self._last[phase] = time.perf_counter()
-
-    @contextmanager
-    def refits(self) -> Iterator[None]:
-        """Making the weights counts along."""
-        refit = opening.refit
-
-        def timed(*arguments: Any) -> None:
-            started = time.perf_counter()
-            refit(*arguments)
-            self._refit += time.perf_counter() - started
-
-        with patch.object(opening, "refit", timed):
-            yield
 
     def seconds(self) -> dict[str, float]:
         """``ready_s``: what else there is, K/V memory and execution contexts above all."""
@@ -77,11 +49,12 @@ class Phases:
         plan = self._last.get("plan", self._started)
         given = [last for phase, last in self._last.items() if phase not in ("plan", "weights", "first steps")]
         inputs = max([plan, *given])
+        filled = self._last.get("weights", inputs)
         return {
             "deserialize_s": plan - self._started,
             "inputs_s": inputs - plan,
-            "refit_s": self._refit,
-            "ready_s": now - inputs - self._refit,
+            "refit_s": filled - inputs,
+            "ready_s": now - filled,
             "load_s": now - self._started,
         }
 
@@ -104,17 +77,16 @@ def run(options: Options, record: Record, hardware: Hardware | None = None) -> N
     )
     loaded = load(options, record, bundle, hardware)
     runner, spec = loaded.runner, ModelSpec.load(folder)
-    record.note(planned_bytes=dict(loaded.memory.items()), gpu_memory=list(runner._device.memory()))
+    record.note(planned_bytes=dict(loaded.memory.items()), gpu_memory=list(runner.device.memory()))
     floors = floors_of(options, bundle)
     record.note(floor=floors.said)
-    clock = DriverGpu(runner._device)
+    clock = DriverGpu(runner.device)
     first_steps(record, spec, runner)
     prompts(options, record, manifest, spec, floors, runner, clock)
     steps(options, record, manifest, spec, floors, runner, clock)
-    engine = runner._contexts._engine
-    _save_cache(engine, cache_file(folder))
+    loaded.keep_kernels()
     record.note(
-        warnings=engine.said.warnings, graphs_work=runner.captures, kernel_cache_bytes_after=_size(cache_file(folder))
+        warnings=list(loaded.warnings), graphs_work=runner.captures, kernel_cache_bytes_after=_size(cache_file(folder))
     )
 
 
@@ -134,30 +106,13 @@ def built(options: Options, record: Record) -> Path:
 
 def load(options: Options, record: Record, bundle: EngineBundle, hardware: Hardware) -> Loaded:
     """With random weights where nothing else can fill the bundle. Raises as open_bundle."""
-    phases = Phases()
-    manifest = bundle.manifest
-    if manifest.weights != "none":
-        opened = BundleOptions(checkpoint=options.checkpoint, verify="sizes", warms_up=False)
-        with phases.refits():
-            loaded = open_bundle(bundle.path, opened, phases, hardware)
-        record.note(**phases.seconds())
-        return loaded
-    spec, slots = ModelSpec.load(bundle.path), manifest.shapes.slots
-    library, device = hardware.library(manifest), hardware.device()
-    bundle.check_compiler(_NAMES[library.__name__], str(library.__version__))
-    bundle.check_gpu(device.compute_capability, device.name)
-    needed = engine_memory(manifest, spec, slots)
-    check_memory(needed, *device.memory(), device.name)
-    engine = text_engine(manifest)
-    source: Any = RandomSource((*engine.weight_map, *engine.given))
-    settings = BundleOptions(warms_up=False)
-    try:
-        with phases.refits():
-            loaded = _load(bundle, spec, slots, settings, source, library, device, phases, needed)
-    except OutOfMemoryError as error:
-        free, total = device.memory()
-        raise PartError(f"the GPU had no {error} left while loading: {free:,} of {total:,} bytes are free") from None
-    record.note(**phases.seconds(), random_weights_s=source.seconds)
+    phases, source = Phases(), None
+    if bundle.manifest.weights == "none":
+        engine = text_engine(bundle.manifest)
+        source = RandomSource((*engine.weight_map, *engine.given))
+    opened = BundleOptions(checkpoint=options.checkpoint, verify="sizes", warms_up=False)
+    loaded = open_bundle(bundle.path, opened, phases, hardware, source)
+    record.note(**phases.seconds(), **({} if source is None else {"random_weights_s": source.seconds}))
     return loaded
 
 

@@ -5,4 +5,6 @@ from pathlib import Path
 
 if "canvasrt.serve.engine_process" in sys.orig_argv:
     sys.path.append(str(Path(__file__).parents[1]))
-    import host_process  # noqa: F401  # does it when it is imported
+    import host_process
+
+    host_process.install()

@@ -6,6 +6,7 @@ The order is that of what a person can mend: the bundle, the checkpoint, the lib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from canvasrt.errors import BundleError, CapacityError
 from canvasrt.ops.tensorrt_api import load_compiler
 from canvasrt.runtime.cuda_device import CudaDevice, OutOfMemoryError, open_device
 from canvasrt.runtime.engine_memory import EngineMemory, check_memory, engine_memory, shortage, text_engine
-from canvasrt.runtime.refit import Progress, WeightSource, refit, to_device
+from canvasrt.runtime.refit import Progress, Weights, WeightSource, refit, to_device
 from canvasrt.runtime.tensorrt_engine import RTX, TensorRTEngine
 from canvasrt.runtime.tensorrt_runner import TensorRTRunner
 from canvasrt.spec import ModelSpec
@@ -53,72 +54,81 @@ class BundleOptions:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     runner: TensorRTRunner
+    engine: TensorRTEngine
     memory: EngineMemory
-    warnings: tuple[str, ...]
+    kernels: Path
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(self.engine.said.warnings)
+
+    def keep_kernels(self) -> None:
+        """Writes down what TensorRT-RTX has compiled so far, so that the next start need not; else warns."""
+        _save_cache(self.engine, self.kernels)
 
 
-def open_bundle(folder: Path, options: BundleOptions, progress: Progress, hardware: Hardware | None = None) -> Loaded:
-    """Raises BundleError for a bundle that is damaged, or not for this GPU, library or checkpoint; CheckpointError for
+def open_bundle(
+    folder: Path,
+    options: BundleOptions,
+    progress: Progress,
+    hardware: Hardware | None = None,
+    weights: Weights | None = None,
+) -> Loaded:
+    """``weights``: made up, for a benchmark of a bundle that nothing can fill.
+
+    Raises BundleError for a bundle that is damaged, or not for this GPU, library or checkpoint; CheckpointError for
     unusable weights; InputError without a usable driver; CapacityError where memory is short, with what to change.
     """
     hardware = hardware or Hardware()
     bundle = EngineBundle.open(folder, options.verify)
     manifest = bundle.manifest
-    bundle.check_servable()
-    if options.same_checkpoint and options.checkpoint is not None:
-        bundle.check_checkpoint(options.checkpoint)
-    source = WeightSource(bundle, weights_of(bundle, options.checkpoint))
-    spec = ModelSpec.load(bundle.path)
+    if weights is None:
+        bundle.check_servable()
+        if options.same_checkpoint and options.checkpoint is not None:
+            bundle.check_checkpoint(options.checkpoint)
+        weights = WeightSource(bundle, weights_of(bundle, options.checkpoint))
     trt = hardware.library(manifest)
     bundle.check_compiler(_NAMES[trt.__name__], str(trt.__version__))
     device = hardware.device()
     bundle.check_gpu(device.compute_capability, device.name)
-    slots = options.slots or manifest.shapes.slots
+    spec, slots = ModelSpec.load(bundle.path), options.slots or manifest.shapes.slots
     needed = engine_memory(manifest, spec, slots)
     check_memory(needed, *device.memory(), device.name)
     try:
-        return _load(bundle, spec, slots, options, source, trt, device, progress, needed)
+        engine, given = _load(bundle, options, weights, trt, device, progress)
+        runner = TensorRTRunner(engine, manifest, spec, slots, given)
     except OutOfMemoryError as error:
         free, total = device.memory()
         raise CapacityError(
             f"the GPU had no {error} left while the bundle was loaded. {shortage(needed, free, total, device.name)}"
         ) from None
+    runner.captures = options.captures
+    if options.warms_up:
+        runner.warm_up(lambda done, whole: progress("first steps", done, whole))
+    loaded = Loaded(runner, engine, needed, options.cache or cache_file(bundle.path))
+    loaded.keep_kernels()
+    return loaded
 
 
 def _load(
     bundle: EngineBundle,
-    spec: ModelSpec,
-    slots: int,
     options: BundleOptions,
-    source: WeightSource,
+    weights: Weights,
     trt: ModuleType,
     device: CudaDevice,
     progress: Progress,
-    needed: EngineMemory,
-) -> Loaded:
-    manifest = bundle.manifest
-    text = text_engine(manifest)
+) -> tuple[TensorRTEngine, dict[str, int]]:
+    """The engine with its weights, and the addresses of those that are inputs."""
+    text = text_engine(bundle.manifest)
     plan = bundle.map(text.file)
     progress("plan", 0, len(plan))
     engine = TensorRTEngine(trt, device, plan, list(text.shape_ranges), f"{bundle.path}/{text.file}")
     progress("plan", len(plan), len(plan))
-    cache = options.cache or cache_file(bundle.path)
-    _load_cache(engine, cache)
-    given = {}
-    for entry in text.given:
-        given[entry.name] = to_device(
-            device,
-            source.made(entry),
-            lambda done, entry=entry: progress(entry.name, done, entry.nbytes),  # type: ignore[misc]
-        )
+    _load_cache(engine, options.cache or cache_file(bundle.path))
+    given = {entry.name: to_device(device, weights.made(entry), partial(progress, entry.name)) for entry in text.given}
     if text.weight_map:
-        refit(engine, text.weight_map, source, progress)
-    runner = TensorRTRunner(engine, manifest, spec, slots, given)
-    runner.captures = options.captures
-    if options.warms_up:
-        runner.warm_up(lambda done, whole: progress("first steps", done, whole))
-    _save_cache(engine, cache)
-    return Loaded(runner, needed, tuple(engine.said.warnings))
+        refit(engine, text.weight_map, weights, progress)
+    return engine, given
 
 
 def cache_file(bundle: Path) -> Path:

@@ -6,7 +6,7 @@ GPU; what has to be put together first takes memory of this machine, a batch at 
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,16 @@ BATCH_BYTES = 1 << 30  # of weights that are put together before the library tak
 _PIECE_BYTES = 32 << 20  # of a weight on its way to the GPU
 
 
+class Weights(Protocol):
+    """Where a bundle's weights come from."""
+
+    def made(self, entry: WeightEntry) -> Bytes:
+        """The bytes that the engine wants, (entry.nbytes,)."""
+        ...
+
+
 class WeightSource:
-    """Where a bundle's weights come from: its own files, or the checkpoint that it was built from."""
+    """Implements Weights: the bundle's own files, or the checkpoint that it was built from."""
 
     def __init__(self, bundle: EngineBundle, checkpoint: Checkpoint | None) -> None:
         self._bundle = bundle
@@ -57,8 +65,11 @@ class WeightSource:
         return found
 
 
-def refit(engine: TensorRTEngine, entries: Sequence[WeightEntry], source: WeightSource, progress: Progress) -> None:
-    """Fills every placeholder. Raises BundleError for one that the plan and the manifest do not agree on."""
+def refit(engine: TensorRTEngine, entries: Sequence[WeightEntry], source: Weights, progress: Progress) -> None:
+    """Fills every placeholder; ``progress`` hears of the last byte when the library has taken it.
+
+    Raises BundleError for a weight that the plan and the manifest do not agree on.
+    """
     trt = engine.trt
     refitter = trt.Refitter(engine.engine, engine.logger)
     types = _types(trt)
@@ -76,10 +87,11 @@ def refit(engine: TensorRTEngine, entries: Sequence[WeightEntry], source: Weight
         done += entry.nbytes
         if sum(each.nbytes for each in waiting.values()) >= BATCH_BYTES and not refitter.get_missing_weights():
             _apply(engine, refitter, waiting)
-        progress("weights", done, whole)
+        progress("weights", min(done, whole - 1), whole)
     if missing := refitter.get_missing_weights():
         raise BundleError(f"the plan still wants {missing[0]} after all of the manifest's weights: build it again")
     _apply(engine, refitter, waiting)
+    progress("weights", whole, whole)
 
 
 def _apply(engine: TensorRTEngine, refitter: Any, waiting: dict[str, Bytes]) -> None:
@@ -96,8 +108,8 @@ def _types(trt: ModuleType) -> dict[str, Any]:
     return {"bf16": kinds.BF16, "fp32": kinds.FLOAT, "fp8": kinds.FP8, "fp4": kinds.FP4, "int4": kinds.INT4}
 
 
-def to_device(device: CudaDevice, content: Bytes, told: Callable[[int], None]) -> int:
-    """The address of a copy on the GPU; ``told`` hears the bytes that are under way."""
+def to_device(device: CudaDevice, content: Bytes, told: Callable[[int, int], None]) -> int:
+    """The address of a copy on the GPU; ``told`` hears the bytes that are under way, and all."""
     address = device.allocate(content.nbytes)
     staging = [(device.pinned(min(_PIECE_BYTES, content.nbytes)), device.event()) for _ in range(2)]
     for index, start in enumerate(range(0, content.nbytes, _PIECE_BYTES)):
@@ -107,7 +119,7 @@ def to_device(device: CudaDevice, content: Bytes, told: Callable[[int], None]) -
         pinned.array[: piece.nbytes] = piece
         device.upload(address + start, pinned, piece.nbytes)
         device.record(copied)
-        told(start + piece.nbytes)
+        told(start + piece.nbytes, content.nbytes)
     device.synchronize()
     for pinned, _ in staging:
         device.unpin(pinned)

@@ -53,7 +53,7 @@ class TensorRTRunner:
         shapes = self._shapes = manifest.shapes
         if slots < shapes.canvases:
             raise InputError(f"a bundle of {shapes.canvases} canvases in a call needs as many slots, not {slots}")
-        self._device: CudaDevice = engine.device
+        self.device: CudaDevice = engine.device
         self._manifest, self._spec = manifest, spec
         self._limits = RunnerLimits(
             slots, shapes.context, shapes.chunk, shapes.canvas, spec.vocab_size, shapes.canvases, True, True
@@ -61,11 +61,11 @@ class TensorRTRunner:
         self._slots = Slots(slots, shapes.window, shapes.sliding)
         self._placement = Placement(slots)
         self._pending: dict[int, Ints] = {}  # slot -> a canvas's length of tokens that join the next decoder call
-        self._memory = KvMemory(self._device, slot_buffers(manifest, spec), slots)
+        self._memory = KvMemory(self.device, slot_buffers(manifest, spec), slots)
         self._builder = CallBuilder(spec, shapes, key_step, token_step)
-        self._io = EngineIO(self._device, manifest, self._builder, given)
+        self._io = EngineIO(self.device, manifest, self._builder, given)
         engine.reserve()
-        self._contexts = EngineContexts(engine, self._device, list(manifest.engines["text"].shape_ranges))
+        self._contexts = EngineContexts(engine, self.device, list(manifest.engines["text"].shape_ranges))
         self._failed: DeviceError | None = None
         self.calls = self.repeated = 0  # runs of the engine; those of them that only had too few seats before
 
@@ -152,7 +152,7 @@ class TensorRTRunner:
     def synchronize(self) -> None:
         """Waits for all that is queued: prompts are encoded while `encode` has returned."""
         with self._usable():
-            self._device.synchronize()
+            self.device.synchronize()
 
     def _lengths(self) -> list[int]:
         return [length + len(self._pending.get(slot, _NOTHING)) for slot, length in enumerate(self._slots.lengths())]
@@ -283,7 +283,7 @@ class TensorRTRunner:
         """Every verb: after the GPU has failed, none does anything any more."""
         if self._failed is not None:
             raise self._failed
-        self._device.use()
+        self.device.use()
         try:
             yield
         except DeviceError as error:
