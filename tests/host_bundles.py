@@ -19,6 +19,11 @@ from host_tensorrt import PLANS, Described, HostTensorRT, compiling
 DENSE = Moe(formulation="dense")
 
 
+def capacity(encoder: int, decoder: int) -> Moe:
+    """Tokens per expert that a call of either shape range begins with."""
+    return Moe(formulation="capacity", encoder_capacity=encoder, decoder_capacity=decoder)
+
+
 def quiet(phase: str, done: int, whole: int) -> None:
     pass
 

@@ -13,17 +13,15 @@ import pytest
 import tensorrt_rtx as trt
 
 import canvasrt.runtime.refit
-from builds import Builds, run_here
+from builds import Builds
 from canvasrt.bundle.reader import EngineBundle
 from canvasrt.errors import BundleError, CapacityError, CheckpointError, DeviceError, InputError
-from canvasrt.runtime import engine_call
 from canvasrt.runtime.cuda_device import CudaDevice, open_device
 from canvasrt.runtime.open_bundle import BundleOptions, Hardware, cache_file, open_bundle
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, EngineRunner
 from host_bundles import Host, host_bundle, quiet
 from host_gpu import HostDriver, real
 from host_tensorrt import SCRATCH_BYTES, HostTensorRT
-from planning import DEMO
 from tiny import Dims, write
 
 CANVAS, CONTEXT = 12, 72
@@ -377,70 +375,3 @@ def test_closing_gives_all_memory_back(inside: Path) -> None:
     assert made.driver.used > 0
     device.close()
     assert made.driver.used == 0
-
-
-# canvasrt verify BUNDLE
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verified") / "demo"
-    return host_bundle(folder, DEMO, precision="bf16", context=256, chunk=64, canvases=1, slots=1)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Host:
-    made = Host()
-
-    class HostHardware(Hardware):
-        def __init__(self) -> None:
-            super().__init__(made.hardware.device, made.hardware.library)
-
-    monkeypatch.setattr("canvasrt.runtime.open_bundle.Hardware", HostHardware)
-    return made
-
-
-def test_verify_compares_an_engine_with_torch(demo: Path, gpu: Host) -> None:
-    arguments = ("verify", demo, "--checkpoint", DEMO, "--samples", 4)
-    code, printed, said = run_here(*arguments, "--json")
-    found = json.loads(printed)
-    assert (code, found["agrees"], found["prompts"], found["torch"]) == (0, True, 4, "float32 on cpu"), said
-    assert 0 < found["kl_median"] < 1e-3  # a BF16 engine
-    assert found["top1_agreement"] > 0.99
-    assert gpu.library.calls > 20
-    code, printed, _ = run_here(*arguments, "--max-kl", 0)
-    assert code == 1
-    assert "DIFFERS from the torch lowering" in printed
-
-
-def test_verify_notices_an_engine_that_turns_its_keys_too_far(
-    demo: Path, gpu: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = engine_call._inverse_frequencies
-    monkeypatch.setattr(engine_call, "_inverse_frequencies", lambda layer: original(layer) * np.float32(1.02))
-    code, printed, _ = run_here("verify", demo, "--checkpoint", DEMO, "--samples", 4, "--json")
-    assert code == 1
-    assert json.loads(printed)["kl_median"] > 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "name the checkpoint to compare it with: --checkpoint FOLDER"),
-        (["--checkpoint", "OTHER"], "is not the one that bundle"),
-        (["--source", str(DEMO)], "--source is for checkpoints"),
-    ],
-)
-def test_verify_explains_what_a_bundle_is_compared_with(
-    demo: Path, gpu: Host, checkpoint: Path, arguments: list[str], message: str
-) -> None:
-    given = [str(checkpoint) if each == "OTHER" else each for each in arguments]
-    code, _, said = run_here("verify", demo, *given)
-    assert code == 2
-    assert message in said
-
-
-def test_a_gpu_that_fails_gives_the_command_its_own_exit_code(demo: Path, gpu: Host) -> None:
-    gpu.driver.faults["cuEventSynchronize"] = real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
-    code, _, said = run_here("verify", demo, "--checkpoint", DEMO)
-    assert (code, said) == (70, "error: CUDA error CUDA_ERROR_ILLEGAL_ADDRESS in cuEventSynchronize: a planted fault\n")

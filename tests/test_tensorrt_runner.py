@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 
 from canvasrt.errors import CapacityError, DeviceError, InputError
-from canvasrt.profiles.profile import Moe
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, EngineRunner
 from canvasrt.runtime.tensorrt_runner import TensorRTRunner
 from canvasrt.runtime.torch_runner import TorchRunner
 from contract import CHECKS, Opener, outputs, ragged_requests
-from engine_host import short_search
-from host_bundles import DENSE, Host, host_bundle
+from engine_host import short_search, stored
+from host_bundles import DENSE, Host, capacity, host_bundle
 from host_gpu import real
 from tiny import Dims, write
 
 CANVAS, VOCABULARY, CONTEXT = 12, 67, 72
-FORMULATIONS = {"dense": DENSE, "capacity": Moe(formulation="capacity", encoder_capacity=3, decoder_capacity=4)}
+FORMULATIONS = {"dense": DENSE, "capacity": capacity(3, 4)}
 ROUNDING = 1e-5  # of the largest number: sums in another order
 
 
@@ -171,11 +170,6 @@ def test_a_prompt_is_not_padded_beyond_the_context(bundles: Bundles, host: Host)
         for mine, theirs in zip(stored(ours, layer, 0), torch.stored(layer, 0), strict=True):
             held = min(len(mine), len(theirs))
             np.testing.assert_allclose(mine[-held:], theirs[-held:].numpy(), atol=1e-5)
-
-
-def stored(runner: TensorRTRunner, layer: int, slot: int) -> list[np.ndarray]:
-    """K and V, (tokens, kv_heads, head_dim) float32."""
-    return [each.view(np.float32).transpose(1, 0, 2) for each in runner.stored(layer, slot)]
 
 
 # Finished canvases

@@ -109,7 +109,7 @@ def bench(
     texts = _prompts(source, prompts)
     options = [RequestOptions.parse(seed=seed + index, max_tokens=max_tokens) for index in range(len(texts))]
     params = [
-        params_for(source, config, each, tokens, source.spec.max_context)
+        params_for(source.spec, config, each, tokens, source.spec.max_context)
         for each, tokens in zip(options, texts, strict=True)
     ]
     if against and len({each.max_tokens for each in params}) > 1:

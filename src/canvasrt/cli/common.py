@@ -1,5 +1,6 @@
 """What the commands share: argument types, opening a checkpoint with a sign of life, request states from prompts."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,13 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestParams, resolve
 from canvasrt.errors import CapacityError
+from canvasrt.runtime.open_bundle import BundleOptions, Loaded, open_bundle
+from canvasrt.spec import ModelSpec
 
 if TYPE_CHECKING:
     from canvasrt.runtime.torch_runner import TorchRunner
@@ -35,6 +39,21 @@ def working(message: str) -> Iterator[None]:
         yield
 
 
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        # Its own handle of the stream: ModelOpt's chatter is silenced by redirecting sys.stderr, and this must go on.
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not errors.is_terminal,  # elsewhere it would only leave empty lines
+    )
+
+
 def open_runner(
     checkpoint: Checkpoint, device: str, dtype: str, slots: int, context: int | None, needed: int, exact: bool = False
 ) -> "TorchRunner":
@@ -52,6 +71,22 @@ def open_runner(
         return TorchRunner(checkpoint, device, dtype, slots=slots, context=wanted, exact=exact)
 
 
+def open_engine(bundle: Path, options: BundleOptions) -> Loaded:
+    """A bundle's engine on this machine's GPU, with a progress bar. Raises as `open_bundle`."""
+    with progress_bar() as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def told(part: str, done: int, whole: int) -> None:
+            if part not in tasks:
+                tasks[part] = progress.add_task(f"loading {part}", total=whole)
+            progress.update(tasks[part], completed=done)
+
+        loaded = open_bundle(bundle, options, told)
+    for warning in loaded.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return loaded
+
+
 def free_memory(device: str) -> int:
     """Bytes that are free on the CPU's side or on the GPU."""
     from canvasrt.runtime.torch_runner import available_bytes, torch_device
@@ -60,14 +95,14 @@ def free_memory(device: str) -> int:
 
 
 def params_for(
-    checkpoint: Checkpoint, config: GenerationConfig, options: RequestOptions, prompt: NDArray[np.int32], context: int
+    spec: ModelSpec, config: GenerationConfig, options: RequestOptions, prompt: NDArray[np.int32], context: int
 ) -> RequestParams:
     return resolve(
         config,
         options,
-        eos_token_ids=checkpoint.spec.eos_token_ids,
-        canvas=checkpoint.spec.canvas_length,
-        vocabulary=checkpoint.spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        canvas=spec.canvas_length,
+        vocabulary=spec.vocab_size,
         prompt_tokens=len(prompt),
         context=context,
     )

@@ -1,18 +1,16 @@
 """What ``canvasrt quantize`` and ``canvasrt verify --source`` share: held-out prompts, and the report about them."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import context_for, errors, open_runner, params_for
+from canvasrt.cli.common import context_for, open_runner, params_for, progress_bar
 from canvasrt.diffusion.params import GenerationConfig, RequestOptions
 from canvasrt.diffusion.request import RequestState
 from canvasrt.inputs import input_folder
@@ -23,21 +21,6 @@ from canvasrt.serve.prompts import PromptLine, encode_prompts, read_prompts
 from canvasrt.serve.tokenizer import TextCodec
 
 EVALUATION = "evaluation.jsonl"  # beside a checkpoint: held-out prompts that suit it
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f} of {task.total:.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        # Its own handle of the stream: ModelOpt's chatter is silenced by redirecting sys.stderr, and this must go on.
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not errors.is_terminal,  # elsewhere it would only leave empty lines
-    )
 
 
 def evaluate(
@@ -91,7 +74,7 @@ def held_out(
     config = GenerationConfig.load(source.folder)
     prompts = encode_prompts(source.folder, source.spec, lines, source.spec.canvas_length)
     params = [
-        params_for(source, config, RequestOptions.parse(seed=index), prompt, context)
+        params_for(source.spec, config, RequestOptions.parse(seed=index), prompt, context)
         for index, prompt in enumerate(prompts)
     ]
     return lines, [RequestState.new(each, prompt) for each, prompt in zip(params, prompts, strict=True)]

@@ -11,21 +11,27 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from canvasrt.bundle.reader import read_manifest
+from canvasrt.bundle.staging import is_bundle
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import Device, Dtype, Exact, Json, context_for, open_runner, params_for
+from canvasrt.cli.common import Device, Dtype, Exact, Json, context_for, open_engine, open_runner, params_for
 from canvasrt.cli.live import LiveView, step_of
 from canvasrt.diffusion.params import GenerationConfig, RequestOptions, RequestParams
 from canvasrt.diffusion.request import RequestState
 from canvasrt.errors import InputError
 from canvasrt.runtime.generate import run_requests
+from canvasrt.runtime.open_bundle import BundleOptions
 from canvasrt.runtime.protocol import EngineRunner
 from canvasrt.serve.tokenizer import TextCodec, cut_at_stop
+from canvasrt.spec import ModelSpec
 
 
 def generate(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="Folder of a DiffusionGemma checkpoint; not with --url."),
+        typer.Argument(
+            metavar="[MODEL]", help="Folder of a DiffusionGemma checkpoint or an engine bundle; not with --url."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -61,6 +67,9 @@ def generate(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     exact: Exact = False,
+    weights: Annotated[
+        Path | None, typer.Option("--checkpoint", help="For a bundle without weights: the checkpoint that has them.")
+    ] = None,
     live: Annotated[bool, typer.Option("--live", help="Show the canvas while it is denoised.")] = False,
     delay: Annotated[float, typer.Option(min=0, max=10, help="Seconds to show each step for with --live.")] = 0.1,
     url: Annotated[
@@ -71,7 +80,7 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer prompts with a checkpoint, on this machine and in this process, or at a server."""
+    """Answer prompts with a checkpoint or an engine bundle, on this machine and in this process, or at a server."""
     options = RequestOptions.parse(
         seed=seed, max_tokens=max_tokens, max_denoising_steps=steps, t_min=t_min, t_max=t_max,
         entropy_bound=entropy_bound, stability_threshold=stability_threshold,
@@ -81,7 +90,7 @@ def generate(
     if live and as_json:
         raise InputError("--live draws on the terminal and --json writes for programs: choose one")
     if url is not None:
-        _refuse_local(checkpoint, context, device, dtype, exact)
+        _refuse_local(checkpoint, weights, context, device, dtype, exact)
         from canvasrt.cli.remote import generate_at, inputs_of  # here: gRPC may be missing
 
         shared = inputs_of(options, timeout)
@@ -92,17 +101,48 @@ def generate(
             raise InputError("name a checkpoint's folder, or a server with --url HOST:PORT")
         if timeout is not None:
             raise InputError("--timeout is for a server: give --url too, or leave it out")
-        source = Checkpoint.open(checkpoint)
-        config, codec = GenerationConfig.load(source.folder), TextCodec.load(source.folder)
+        local = _Bundle(checkpoint, weights) if is_bundle(checkpoint) else _Checkpoint(checkpoint, device, dtype, exact)
+        spec, codec = local.spec, TextCodec.load(checkpoint)
+        config = GenerationConfig.load(checkpoint)
         prompts = [_tokens(codec, text, system, raw) for text in _texts(prompt)]
-        if any((tokens == source.spec.image_token_id).any() for tokens in prompts):
+        if any((tokens == spec.image_token_id).any() for tokens in prompts):
             raise InputError("the prompt holds image tokens, and this version reads text only: remove them")
-        room = source.spec.max_context if context is None else context
-        params = [params_for(source, config, options, tokens, room) for tokens in prompts]
-        runner = open_runner(source, device, dtype, len(prompts), context, context_for(prompts, params), exact)
+        room = local.context if context is None else context
+        params = [params_for(spec, config, options, tokens, room) for tokens in prompts]
+        runner = local.runner(len(prompts), context, context_for(prompts, params))
         answers = _run(runner, codec, prompts, params, LiveView(len(prompts), delay) if live else None)
     for answer in answers:
         _print(answer, as_json, live)
+
+
+class _Checkpoint:
+    """Run by torch."""
+
+    def __init__(self, folder: Path, device: str, dtype: str, exact: bool) -> None:
+        self._source = Checkpoint.open(folder)
+        self._how = (device, dtype)
+        self._exact = exact
+        self.spec = self._source.spec
+        self.context = self.spec.max_context
+
+    def runner(self, slots: int, context: int | None, needed: int) -> EngineRunner:
+        return open_runner(self._source, *self._how, slots, context, needed, self._exact)
+
+
+class _Bundle:
+    """Run by TensorRT on this machine's GPU."""
+
+    def __init__(self, folder: Path, weights: Path | None) -> None:
+        self._folder, self._weights = folder, weights
+        self._shapes = read_manifest(folder).shapes
+        self.spec = ModelSpec.load(folder)
+        self.context = self._shapes.context
+
+    def runner(self, slots: int, context: int | None, needed: int) -> EngineRunner:
+        if context not in (None, self.context):
+            raise InputError(f"{self._folder} was built for a context of {self.context} tokens: leave --context out")
+        options = BundleOptions(checkpoint=self._weights, slots=max(slots, self._shapes.canvases), verify="sizes")
+        return open_engine(self._folder, options).runner
 
 
 def _run(
@@ -147,11 +187,13 @@ def _run(
     ]
 
 
-def _refuse_local(checkpoint: Path | None, context: int | None, device: str, dtype: str, exact: bool) -> None:
+def _refuse_local(
+    model: Path | None, weights: Path | None, context: int | None, device: str, dtype: str, exact: bool
+) -> None:
     """What only this process could heed."""
     given = {
-        "CHECKPOINT": checkpoint is not None, "--context": context is not None, "--device": device != "cpu",
-        "--dtype": dtype != "float32", "--exact": exact,
+        "MODEL": model is not None, "--checkpoint": weights is not None, "--context": context is not None,
+        "--device": device != "cpu", "--dtype": dtype != "float32", "--exact": exact,
     }  # fmt: skip
     if wrong := [name for name, there in given.items() if there]:
         raise InputError(f"the server behind --url decides on its model: leave {', '.join(wrong)} out")

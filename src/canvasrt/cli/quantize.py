@@ -12,8 +12,8 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import Device, Json, free_memory, working
-from canvasrt.cli.evaluation import evaluate, print_reports, progress_bar
+from canvasrt.cli.common import Device, Json, free_memory, progress_bar, working
+from canvasrt.cli.evaluation import evaluate, print_reports
 from canvasrt.errors import CapacityError, InputError
 from canvasrt.quality import report as reports
 from canvasrt.quality.size import readable

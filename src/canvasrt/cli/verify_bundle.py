@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.cli.common import context_for, open_runner
-from canvasrt.cli.evaluation import held_out, progress_bar
+from canvasrt.cli.common import context_for, open_engine, open_runner, progress_bar
+from canvasrt.cli.evaluation import held_out
 from canvasrt.errors import InputError
 from canvasrt.quality.compare import compare
-from canvasrt.runtime.open_bundle import BundleOptions, open_bundle
+from canvasrt.runtime.open_bundle import BundleOptions
 
 # Nats per position, median of the prompts. Rounding gave 1e-5 (BF16) to 8e-3 (NVFP4) on the demo checkpoint, in
 # another order of summation as much; a network that lacks a part gives more than 1.
@@ -34,14 +34,7 @@ def verify_bundle(
     if checkpoint is None:
         raise InputError(f"{bundle} is a bundle: name the checkpoint to compare it with: --checkpoint FOLDER")
     source = Checkpoint.open(checkpoint)
-    with progress_bar() as progress:
-        task = progress.add_task("loading the bundle", total=1)
-
-        def told(part: str, done: int, whole: int) -> None:
-            progress.update(task, description=part, completed=done, total=whole)
-
-        # It checks that the checkpoint is the bundle's even where the weights are inside.
-        loaded = open_bundle(bundle, BundleOptions(checkpoint=checkpoint, same_checkpoint=True), told)
+    loaded = open_engine(bundle, BundleOptions(checkpoint=checkpoint, same_checkpoint=True))
     engine = loaded.runner
     _, requests = held_out(source, evaluation, samples, engine.limits.context)
     needed = context_for([each.to_encode for each in requests], [each.params for each in requests])
@@ -63,8 +56,6 @@ def verify_bundle(
     table.add_row("steps per canvas", f"{found.steps_per_canvas:.2f} (torch {found.source_steps_per_canvas:.2f})")
     table.add_row("prompts", str(len(requests)))
     Console().print(table)
-    for warning in loaded.warnings:
-        typer.echo(f"warning: {warning}", err=True)
     verdict = "agrees with" if agrees else "DIFFERS from"
     typer.echo(f"{bundle} {verdict} the torch lowering of {checkpoint}")
     return agrees

@@ -218,6 +218,7 @@ class _Engine:
     def __init__(self, connection: Connection, model: OpenModel) -> None:
         self._connection = connection
         self._served = model.served
+        self._close = model.close
         self._sending = threading.Lock()
         self._turns: list[Turn] = []
         self._loop = CanvasLoop(model.runner, model.policy, self._tell, on_broken=_end_with_the_gpu)
@@ -233,6 +234,7 @@ class _Engine:
             else:
                 self._answer(number, verb, arguments)
             if verb == "close":
+                self._close()
                 return
 
     def _answer(self, number: int, verb: str, arguments: tuple[Any, ...]) -> None:

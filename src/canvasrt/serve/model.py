@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +23,23 @@ from canvasrt.spec import ModelSpec
 _DEFAULT_SLOTS, _DEFAULT_CONTEXT = 8, 8192
 
 
+Opened = tuple[EngineRunner, Callable[[], None]]  # and what to do when nothing runs any more
+
+
 @dataclass(frozen=True, slots=True)
 class OpenModel:
     runner: EngineRunner
     served: Served
     policy: Policy
+    close: Callable[[], None]  # when nothing runs any more: keeps what the next start can use
 
     @property
     def context(self) -> int:
         return self.served.context
+
+
+def _nothing() -> None:
+    pass
 
 
 def _quiet(what: str, done: int, whole: int) -> None:
@@ -73,7 +82,9 @@ def open_model(settings: ServeSettings, progress: Progress = _quiet, hardware: H
     """
     check_model(settings)
     folder = Path(settings.model)
-    runner = _open_bundle(settings, progress, hardware) if is_bundle(folder) else _open_checkpoint(settings)
+    runner, close = (
+        _open_bundle(settings, progress, hardware) if is_bundle(folder) else (_open_checkpoint(settings), _nothing)
+    )
     limits = runner.limits
     served = open_served(settings, limits.context)
     policy = Policy(
@@ -85,17 +96,18 @@ def open_model(settings: ServeSettings, progress: Progress = _quiet, hardware: H
     )
     gc.collect()
     gc.freeze()  # else every full collection looks through all that torch and transformers made, and stops the loop
-    return OpenModel(runner, served, policy)
+    return OpenModel(runner, served, policy, close)
 
 
-def _open_bundle(settings: ServeSettings, progress: Progress, hardware: Hardware | None) -> EngineRunner:
+def _open_bundle(settings: ServeSettings, progress: Progress, hardware: Hardware | None) -> Opened:
     options = BundleOptions(
         checkpoint=_path(settings.checkpoint),
         slots=settings.slots,
         cache=_path(settings.kernels),
         verify=settings.verify,
     )
-    return open_bundle(Path(settings.model), options, progress, hardware).runner
+    loaded = open_bundle(Path(settings.model), options, progress, hardware)
+    return loaded.runner, loaded.keep_kernels
 
 
 def _open_checkpoint(settings: ServeSettings) -> EngineRunner:
