@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +10,8 @@ from hypothesis import strategies as st
 
 from bundles import engine, manifest
 from canvasrt.bundle.manifest import EngineTensor, Manifest
+from canvasrt.compile.shapes import engine_shapes
+from canvasrt.compile.vram import Deployment, vram_budget
 from canvasrt.errors import BundleError, CapacityError
 from canvasrt.runtime.engine_memory import (
     EngineMemory,
@@ -31,13 +32,14 @@ GB = 10**9
 
 
 def published(
-    context: int = 32_768, layers: int = 30, width: str = "bf16", **changes: Any
-) -> tuple[Manifest, ModelSpec]:
+    context: int = 32_768, layers: int = 30, width: str = "bf16", chunk: int = CHUNK, canvases: int = CANVASES,
+) -> tuple[Manifest, ModelSpec]:  # fmt: skip
     """The 26B, or the first of its layers."""
+    sliding = 1023 + max(chunk, CANVAS) + CANVAS
     spec = replace(PUBLISHED, layers=PUBLISHED.layers[:layers])
     buffers = [
         {"name": f"{name}.{layer.index}", "mode": "input", "dtype": width, "aliases": None,
-         "shape": [-1, layer.kv_heads, context if layer.kind == "full" else SLIDING_ROWS, layer.head_dim]}
+         "shape": [-1, layer.kv_heads, context if layer.kind == "full" else sliding, layer.head_dim]}
         for layer in spec.layers for name in ("k", "v")
     ]  # fmt: skip
     tensors = [
@@ -51,10 +53,10 @@ def published(
         {"name": "logits", "mode": "output", "dtype": "float", "shape": [-1, VOCABULARY], "aliases": None},
     ]  # fmt: skip
     shapes = {
-        "slots": 4, "context": context, "chunk": CHUNK, "canvases": CANVASES, "canvas": CANVAS, "window": 1023,
-        "sliding": SLIDING_ROWS,
+        "slots": 4, "context": context, "chunk": chunk, "canvases": canvases, "canvas": CANVAS, "window": 1023,
+        "sliding": sliding,
     }  # fmt: skip
-    return manifest(shapes=shapes, engines={"text": engine(tensors=tensors)}, **changes), spec
+    return manifest(shapes=shapes, engines={"text": engine(tensors=tensors)}), spec
 
 
 def test_the_sums_are_those_counted_by_hand() -> None:
@@ -72,6 +74,18 @@ def test_the_sums_are_those_counted_by_hand() -> None:
         assert (found.slots, found.context) == (slots, 32_768)
         assert found.total == sum(found.items().values())
         assert len(found.items()) == 5
+
+
+@pytest.mark.parametrize(("slots", "context", "chunk", "canvases"), [(4, 32_768, 2048, 4), (1, 8192, 512, 1)])
+def test_the_planner_counts_the_same(slots: int, context: int, chunk: int, canvases: int) -> None:
+    """Before a build and before a load; but for small tensors, which begin at addresses of their own."""
+    shapes = engine_shapes(PUBLISHED, slots, context, chunk, canvases)
+    on = Deployment(PUBLISHED, {}, 0, "dense", 0, 0)
+    planned = vram_budget(on, shapes)
+    made, spec = published(context, chunk=chunk, canvases=canvases)
+    found = engine_memory(made, spec, slots)
+    assert (found.full_kv, found.sliding_kv) == (planned.full_kv_bytes, planned.sliding_kv_bytes)
+    assert found.inputs_and_outputs == planned.io_bytes + 65_536
 
 
 def test_float32_takes_twice_the_bytes() -> None:

@@ -105,8 +105,10 @@ def test_the_26b_by_hand() -> None:
     # scores, and the sampler's tensors, are as large as each other: 512 MiB
     assert found.decoder.total_bytes == found.decoder.residual_bytes + 4 * 2**29 + 2**28
     assert found.activations is found.decoder
-    soft, rotary = (4 + 2 + 2) * 256 * 2816 * 2, 512 * (256 + 512) * 2 * 4
-    assert found.io_bytes == soft + rotary + 256 * 262_144 * 4 + 512 * 64
+    tokens = 256 + 512  # of a call of each range
+    soft, inputs = (4 * 256 + tokens) * 2816 * 2, 2 * tokens * ((256 + 512) * 4 + 64)
+    counts = (32_768 + 512) * 4
+    assert found.io_bytes == soft + inputs + counts + 256 * 262_144 * 4 + 2**24
     assert found.overhead_bytes == 700_000_000 + 34 * GB * 3 // 100
     caches = found.full_kv_bytes + found.sliding_kv_bytes
     assert found.total_bytes == sum(found.items().values())
@@ -197,7 +199,10 @@ BASE: dict[str, Any] = {"slots": 8, "context": 16_384, "chunk": 1024, "canvases"
         ({"slots": 9}, {"full_kv_bytes", "sliding_kv_bytes", "io_bytes"}),
         (
             {"context": 20_480},
-            {"full_kv_bytes", "encoder.attention", "decoder.attention", "encoder.experts", "decoder.experts"},
+            {
+                "full_kv_bytes", "encoder.attention", "decoder.attention", "encoder.experts", "decoder.experts",
+                "io_bytes",
+            },
         ),
         (  # masks are as wide as the sliding layers' buffers, and inputs as long as the larger call
             {"chunk": 2048},

@@ -28,6 +28,7 @@ SAMPLER_TENSORS = 4
 _STREAM = 4 * BF16 + FLOAT32
 _PROJECTED = BF16 + FLOAT32  # a projection as it comes, and normed and rotated
 _SCALARS = 64  # per token of a call: ids, positions, uniforms, and what the sampler returns
+EXCHANGE_BYTES = 16 << 20  # through which the memory of two slots changes places
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class VramBudget:
     sliding_kv_bytes: int
     encoder: Activations
     decoder: Activations
-    io_bytes: int  # soft embeddings of every slot and call, one canvas of logits, rotary factors, ids
+    io_bytes: int  # as the runtime has them: soft embeddings, one canvas of logits, rotary factors, ids
     overhead_bytes: int
 
     @property
@@ -160,8 +161,11 @@ class Deployment:
 def vram_budget(on: Deployment, shapes: EngineShapes) -> VramBudget:
     spec, canvas = on.spec, shapes.canvas
     head_dims = {layer.kind: layer.head_dim for layer in spec.layers}
-    soft = (shapes.slots + 2 * shapes.canvases) * canvas * spec.hidden_size * BF16  # kept; in and out of a call
-    rotary = shapes.most_tokens * sum(head_dims.values()) * 2 * FLOAT32
+    tokens = shapes.chunk + shapes.canvases * canvas  # of a call of each shape range
+    soft = (shapes.slots * canvas + tokens) * spec.hidden_size * BF16  # kept; those that a call takes or gives
+    # Rotary factors and numbers per token: what steps have in common, and what is sent with each.
+    inputs = 2 * tokens * (sum(head_dims.values()) * FLOAT32 + _SCALARS)
+    counts = (shapes.context + shapes.most_tokens) * FLOAT32
     logits = canvas * spec.vocab_size * FLOAT32  # of one canvas, for who asks for them
     return VramBudget(
         weights=on.weights,
@@ -169,7 +173,7 @@ def vram_budget(on: Deployment, shapes: EngineShapes) -> VramBudget:
         sliding_kv_bytes=shapes.slots * shapes.sliding * kv_per_token(spec, "sliding"),
         encoder=_activations(on, shapes, 1, shapes.chunk, 0),
         decoder=_activations(on, shapes, shapes.canvases, canvas, shapes.canvases * canvas),
-        io_bytes=soft + rotary + logits + shapes.most_tokens * _SCALARS,
+        io_bytes=soft + inputs + counts + logits + EXCHANGE_BYTES,
         overhead_bytes=on.overhead_bytes,
     )
 
