@@ -40,6 +40,12 @@ def test_contract(source: Checkpoint, kind: str, check: object) -> None:
     check(opener(kind, source))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_contract_on_a_gpu(source: Checkpoint, check: object) -> None:
+    check(lambda slots, chunk=16: TorchRunner(source, "cuda", slots=slots, context=120, chunk=chunk))
+
+
 def test_rewinding_behind_the_kept_window_is_refused_with_what_is_possible(source: Checkpoint) -> None:
     runner = TorchRunner(source, context=200, chunk=16)  # the sliding buffers hold 8 + 16 + 12 tokens
     tokens = np.random.default_rng(0).integers(0, 67, 150).astype(np.int32)
