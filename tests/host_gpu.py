@@ -176,7 +176,6 @@ class HostDriver:
         return OK, address
 
     def cuMemFreeHost(self, p: int) -> Any:
-        self._drain()
         if p not in self._pinned:
             return (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
         return self._freed(self._pinned.pop(p))

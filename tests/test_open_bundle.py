@@ -15,10 +15,12 @@ import tensorrt_rtx as trt
 import canvasrt.runtime.refit
 from builds import Builds
 from canvasrt.bundle.reader import EngineBundle
+from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import BundleError, CapacityError, CheckpointError, DeviceError, InputError
 from canvasrt.runtime.cuda_device import CudaDevice, open_device
 from canvasrt.runtime.open_bundle import BundleOptions, Hardware, cache_file, open_bundle
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, EngineRunner
+from canvasrt.runtime.refit import WeightSource
 from host_bundles import Host, host_bundle, quiet
 from host_gpu import HostDriver, real
 from host_tensorrt import SCRATCH_BYTES, HostTensorRT
@@ -98,6 +100,17 @@ def test_quantized_weights_are_filled_in_their_own_formats(builds: Builds, tmp_p
         runner.encode([EncodeRow(0, tokens[:5], 0)])
         results.append(runner.denoise([DenoiseRow(0, tokens, 0.7, np.full(canvas, 0.3, np.float32), True)]))
     assert_equal(*results)
+
+
+def test_a_weight_that_does_not_fill_its_place_is_refused(stripped: Path, checkpoint: Path) -> None:
+    bundle = EngineBundle.open(stripped)
+    entry = bundle.manifest.engines["text"].weight_map[0]
+    source = WeightSource(bundle, Checkpoint.open(checkpoint))
+    assert source.made(entry).nbytes == entry.nbytes
+    with pytest.raises(BundleError, match=r"has room for [\d,]+ bytes, and the checkpoint's tensors make"):
+        source.made(entry.model_copy(update={"nbytes": entry.nbytes + 4}))
+    with pytest.raises(BundleError, match="it is filled from the checkpoint"):
+        WeightSource(bundle, None).made(entry)
 
 
 def test_progress_counts_every_byte_of_plan_embedding_and_weights(stripped: Path, checkpoint: Path) -> None:

@@ -6,13 +6,15 @@ that gets other shapes spoils the graphs captured from it (TensorRT's developer 
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from canvasrt.errors import DeviceError
 from canvasrt.runtime.cuda_device import CudaDevice
 from canvasrt.runtime.tensorrt_engine import Context, Shape, TensorRTEngine
+
+Bindings = Callable[[], tuple[Mapping[str, Shape], Mapping[str, int]]]
 
 GRAPHS = 24  # kept at once; the one that was used longest ago goes first
 _REMEMBERED = 512  # keys that ran once
@@ -36,20 +38,22 @@ class EngineContexts:
         self.captures = True
         self.launched = 0  # calls that were launches of a graph
 
-    def run(self, shape_range: str, key: Hashable, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Queues one call. ``key``: calls with the same have the same shapes and addresses; None: it won't come again.
+    def run(self, shape_range: str, key: Hashable, bindings: Bindings) -> None:
+        """Queues one call; ``bindings`` gives the shapes and addresses of its tensors where they are wanted.
+
+        Calls with the same ``key`` have the same; None: it won't come again.
 
         The first of a key runs in the range's shared context, the second in one of its own, since an engine has to run
         once with new shapes before it can be captured; the third is captured.
         """
         own = self._own_of(shape_range, key) if self.captures and key is not None else None
         if own is None:
-            self._enqueue(self._shared[shape_range], shapes, addresses)
+            self._enqueue(self._shared[shape_range], bindings)
         elif own.graph is not None:
             self._device.launch(own.graph)
             self.launched += 1
         else:
-            self._enqueue_or_capture(own, shapes, addresses)
+            self._enqueue_or_capture(own, bindings)
 
     @property
     def graphs(self) -> int:
@@ -74,22 +78,22 @@ class EngineContexts:
         self._own[key] = own = _Own(self._engine.context(shape_range))
         return own
 
-    def _enqueue_or_capture(self, own: _Own, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+    def _enqueue_or_capture(self, own: _Own, bindings: Bindings) -> None:
         if not own.context.ran:
-            self._enqueue(own.context, shapes, addresses)
+            self._enqueue(own.context, bindings)
             return
         try:
             with self._device.captured() as found:
                 own.context.enqueue()
         except DeviceError as error:  # nothing has run: the call can still be made as the others were
             self.captures = False
-            self._engine.said.warnings.append(f"steps are not captured in graphs: {error}")
+            self._engine.warnings.append(f"steps are not captured in graphs: {error}")
             own.context.enqueue()
             return
         own.graph = found[0]
         self._device.launch(own.graph)
         self.launched += 1
 
-    def _enqueue(self, context: Context, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        context.bind(shapes, addresses)
+    def _enqueue(self, context: Context, bindings: Bindings) -> None:
+        context.bind(*bindings())
         context.enqueue()

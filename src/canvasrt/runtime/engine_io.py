@@ -67,18 +67,20 @@ class EngineIO:
         return self._staging.uploaded
 
     def send(self, call: Call) -> dict[str, int]:
-        """Queues the copy of a call's inputs; the addresses of all tensors but those of the slots' memory."""
-        sizes = call.sizes
-        inputs = self._staging.send(
-            sizes.shape_range, call.key, lambda: self._builder.constants(call), self._builder.step_inputs(call)
+        """Queues the copy of a call's inputs; their addresses."""
+        return self._staging.send(
+            call.sizes.shape_range, call.key, lambda: self._builder.constants(call), self._builder.step_inputs(call)
         )
+
+    def addresses(self, sizes: Sizes, inputs: Mapping[str, int]) -> dict[str, int]:
+        """Of all tensors but the slots' memory."""
         outputs = {name: self._results + start for name, start in self._places(sizes).items()}
         if not self._tells_busiest:
             del outputs[_BUSIEST]
         outputs |= {_SOFT_NEXT: self._soft_next, _LOGITS: self._logits_memory()[0] if sizes.logits else self._results}
         # Of tokens that join the context, the network takes none, whatever stands there.
         encoder = {SOFT: self._no_soft} if sizes.shape_range == "encoder" else {}
-        return self._constants | inputs | outputs | encoder
+        return {**self._constants, **inputs, **outputs, **encoder}
 
     def aliases(self, addresses: Mapping[str, int]) -> dict[str, int]:
         """Of tensors that are the same memory as an input."""

@@ -60,7 +60,7 @@ class Loaded:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(self.engine.said.warnings)
+        return tuple(self.engine.warnings)
 
     def keep_kernels(self) -> None:
         """Writes down what TensorRT-RTX has compiled so far, so that the next start need not; else warns."""
@@ -147,8 +147,8 @@ def weights_of(bundle: EngineBundle, folder: Path | None) -> Checkpoint | None:
         wanted = bundle.manifest.checkpoint.folder
         raise BundleError(
             f"bundle {bundle.path} holds no weights: they are read from the checkpoint that it was built from "
-            f"({wanted}). Name its folder (canvasrt serve: --set checkpoint=FOLDER; canvasrt verify: --checkpoint "
-            "FOLDER), or build the bundle with --weights inside"
+            f"({wanted}). Name its folder (canvasrt serve: --set checkpoint=FOLDER; canvasrt generate and verify: "
+            "--checkpoint FOLDER), or build the bundle with --weights inside"
         )
     bundle.check_checkpoint(folder)
     return Checkpoint.open(folder)
@@ -161,7 +161,7 @@ def _load_cache(engine: TensorRTEngine, file: Path) -> None:
     except OSError:
         return
     if content and not engine.load_cache(content):
-        engine.said.warnings.append(f"{file} was made by another GPU, driver or library: kernels are compiled again")
+        engine.warnings.append(f"{file} was made by another GPU, driver or library: kernels are compiled again")
 
 
 def _save_cache(engine: TensorRTEngine, file: Path) -> None:
@@ -173,6 +173,6 @@ def _save_cache(engine: TensorRTEngine, file: Path) -> None:
         partial.write_bytes(content)
         partial.replace(file)  # whole or not at all: another process may be reading it
     except OSError as error:
-        engine.said.warnings.append(
+        engine.warnings.append(
             f"compiled kernels can't be kept in {file} ({error.strerror}), so that the next start compiles them again"
         )

@@ -23,6 +23,9 @@ class Placement:
         They count as exchanged. ``cost``: of moving a slot, 0 for an empty one. Takes the cheapest neighbouring
         places, the first of equal ones, so that slots that hold something and lie together already stay.
         """
+        places = [self._places[slot] for slot in slots]
+        if max(places) - min(places) == len(places) - 1:  # nearly every step: nothing to search
+            return min(places), []
         wanted = set(slots)
 
         def price(first: int) -> int:

@@ -5,6 +5,7 @@ compiles on the user's GPU, and the choice of when it compiles them. The library
 canvasrt.ops.tensorrt_api imports it.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -28,9 +29,10 @@ class TensorRTEngine:
     def __init__(self, trt: ModuleType, device: CudaDevice, plan: memoryview, ranges: Sequence[str], path: str) -> None:
         self.trt = trt
         self.device = device
-        self.said = Said()
+        self.warnings: list[str] = []  # for who opened it
         self._ranges = list(ranges)
-        self.logger = _logger(trt, self.said)
+        self.logger, self.said = _logger(trt)
+        self.said.errors.clear()  # of an engine before
         self._runtime = trt.Runtime(self.logger)
         self._check_validity(plan, path)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
@@ -154,25 +156,29 @@ class Context:
 
 
 class Said:
-    """What the library wrote: its calls return False, and the reason stands here."""
+    """What the library complained of: its calls return False, and the reason stands here."""
 
     def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
+        self.errors: deque[str] = deque(maxlen=_LISTED)
 
     def last(self) -> str:
-        return "; ".join(self.errors[-_LISTED:])
+        return "; ".join(self.errors)
 
 
-def _logger(trt: ModuleType, said: Said) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # the module is a value
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+_LOGGERS: dict[str, tuple[Any, Said]] = {}  # by library, which uses the first logger of a process for all, to its end
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                said.errors.append(message)
-            elif severity <= trt.ILogger.WARNING:
-                said.warnings.append(message)
 
-    return Logger()
+def _logger(trt: ModuleType) -> tuple[Any, Said]:
+    if trt.__name__ not in _LOGGERS:
+        said = Said()
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # the module is a value
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.ERROR:
+                    said.errors.append(message)
+
+        _LOGGERS[trt.__name__] = Logger(), said
+    return _LOGGERS[trt.__name__]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from canvasrt.bundle.manifest import Manifest
 from canvasrt.errors import CapacityError, DeviceError, InputError
 from canvasrt.runtime.cuda_device import CudaDevice, OutOfMemoryError
-from canvasrt.runtime.engine_call import KEY_STEP, TOKEN_STEP, Arrays, Call, CallBuilder, CallRow
+from canvasrt.runtime.engine_call import KEY_STEP, TOKEN_STEP, Arrays, Call, CallBuilder, CallRow, Sizes
 from canvasrt.runtime.engine_contexts import EngineContexts
 from canvasrt.runtime.engine_io import EngineIO
 from canvasrt.runtime.engine_memory import SOFT, slot_buffers
@@ -28,6 +28,8 @@ from canvasrt.runtime.tensorrt_engine import TensorRTEngine
 from canvasrt.spec import ModelSpec
 
 Ints = NDArray[np.int32]
+Shapes = dict[str, tuple[int, ...]]
+Addresses = dict[str, int]
 
 _NOTHING = np.zeros(0, np.int32)
 _SEAT_STEP = 32  # seats of a repeated call are a multiple of it: each number is a shape
@@ -208,10 +210,10 @@ class TensorRTRunner:
 
     def _gather(self, slots: list[int]) -> int:
         """Brings slots to neighbouring places; the first of them."""
-        before = {slot: self._placement.place(slot) for slot in range(self._limits.slots)}
         first, pairs = self._placement.gather(slots, self._slots.length)
-        for one, other in pairs:
-            self._memory.exchange(before[one], before[other], self._held(one), self._held(other))
+        for one, other in pairs:  # by now each is where the other was
+            there, here = self._placement.place(other), self._placement.place(one)
+            self._memory.exchange(there, here, self._held(one), self._held(other))
         return first
 
     def _held(self, slot: int) -> Held:
@@ -237,13 +239,16 @@ class TensorRTRunner:
         """Queues a call, and repeats it with more seats until they suffice; waits only where there is an answer."""
         while True:
             call = build(seats)
-            addresses = self._memory.addresses(place) | self._io.send(call)
-            addresses |= self._io.aliases(addresses)
-            sizes = call.sizes
+            sizes, sent = call.sizes, self._io.send(call)
+
+            def bindings(sizes: Sizes = sizes, sent: dict[str, int] = sent) -> tuple[Shapes, Addresses]:
+                addresses = self._memory.addresses(place) | self._io.addresses(sizes, sent)
+                shapes = self._builder.shapes(sizes) | self._io.buffer_shapes(sizes.rows)
+                return shapes, addresses | self._io.aliases(addresses)
+
             # A prompt's sizes seldom come again, and a canvas of logits is for debugging.
             key = (sizes, place) if sizes.shape_range == "decoder" and not sizes.logits else None
-            shapes = self._builder.shapes(sizes) | self._io.buffer_shapes(sizes.rows)
-            self._contexts.run(sizes.shape_range, key, shapes, addresses)
+            self._contexts.run(sizes.shape_range, key, bindings)
             self.calls += 1
             waits = self._io.receive(sizes)
             if meanwhile is not None:
