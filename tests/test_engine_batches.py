@@ -9,18 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from canvasrt.compile.engine import MoeShapes
-from canvasrt.compile.source import ModelSource
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, EngineRunner
+from canvasrt.runtime.tensorrt_runner import TensorRTRunner
 from canvasrt.runtime.torch_runner import TorchRunner
-from engine_host import HostEngine
+from engine_host import HostPlan, stored
+from host_bundles import DENSE, Host, capacity
 from tiny import Dims, write
 
 CANVAS = 12
 VOCABULARY = 640  # two levels of 32 and 20
-DENSE, CAPACITY = MoeShapes("dense"), MoeShapes("capacity", 9, 24)
 LENGTHS = (1, 40, 9, 23)  # of prompts: a window of 9 holds the first and the third whole
 ROUNDING = 1e-5  # of the largest number: sums in another order
 
@@ -32,9 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module", params=[DENSE, CAPACITY], ids=lambda moe: moe.formulation)
-def engine(folder: Path, request: pytest.FixtureRequest) -> HostEngine:
-    return HostEngine(ModelSource.open(folder), moe=request.param, slots=5, context=72, chunk=16)
+@pytest.fixture(scope="module")
+def dense(folder: Path) -> HostPlan:
+    return HostPlan(folder, slots=5, context=72)
+
+
+@pytest.fixture(scope="module", params=[DENSE, capacity(9, 24)], ids=lambda moe: moe.formulation)
+def plan(folder: Path, dense: HostPlan, request: pytest.FixtureRequest) -> HostPlan:
+    return dense if request.param == DENSE else HostPlan(folder, moe=request.param, slots=5, context=72)
 
 
 def prompts(seed: int = 7) -> list[np.ndarray]:
@@ -69,69 +72,90 @@ def fill(runner: EngineRunner, slots: Sequence[int]) -> None:
 SLOTS = (4, 0, 3, 2)  # not in order, one left out
 
 
-def test_a_ragged_batch_equals_each_row_alone(engine: HostEngine) -> None:
-    together, alone = engine.fresh(), engine.fresh()
+def test_a_ragged_batch_equals_each_row_alone(plan: HostPlan) -> None:
+    host = Host()
+    together, alone = plan.open(host), plan.open()
     for runner in (together, alone):
         fill(runner, SLOTS)
-    before = together.calls - together.overflows
+    before = together.calls - together.repeated
     for asked, first in ((4, True), (0, True), (3, True), (2, True), (4, False), (0, False)):
         rows = canvases(SLOTS, 0, first, asked)
         for ours, row in zip(together.denoise(rows), rows, strict=True):
             assert_same(ours, alone.denoise([row])[0])
-        assert len(together.last[0]["tokens"]) == 5  # a call binds neighbours: slot 1 rests
-    assert together.calls - together.overflows - before == 6
+        assert len(host.library.last[0]["tokens"]) == 4
+    assert together.calls - together.repeated - before == 6
 
 
 @pytest.mark.parametrize("others", [(), (0, 4)], ids=["alone", "beside two that denoise"])
-def test_a_canvas_committed_in_a_decoder_call_equals_one_encoded_by_itself(
-    engine: HostEngine, others: tuple[int, ...]
+def test_a_canvas_committed_in_a_decoder_call_equals_one_encoded_as_a_prompt(
+    plan: HostPlan, others: tuple[int, ...]
 ) -> None:
     """Slot 3 ends its canvas; the others go on in the same call, and all denoise once more."""
-    together, apart = engine.fresh(), engine.fresh()
+    host = Host()
+    together, apart = plan.open(host), plan.open()
     for runner in (together, apart):
         fill(runner, SLOTS)
         runner.denoise(canvases(SLOTS, 0, first=True))
-    finished = EncodeRow(3, np.random.default_rng(3).integers(0, VOCABULARY, CANVAS).astype(np.int32), 9)
+    finished = np.random.default_rng(3).integers(0, VOCABULARY, CANVAS).astype(np.int32)
+    together.encode([EncodeRow(3, finished, 9)])
+    apart.encode([EncodeRow(3, finished[:5], 9)])
+    apart.encode([EncodeRow(3, finished[5:], 14)])
     rows = canvases(others, 1, first=False)
-    found = together.commit([finished], rows)
-    inputs, outputs = together.last
+    found = together.denoise(rows)
+    kept = [stored(together, layer, 3) for layer in range(3)]
+    inputs, outputs = host.library.last
     assert inputs["is_canvas"].sum().item() == len(others) * CANVAS
     assert [len(outputs[name]) for name in ("argmax", "soft.next")] == [len(others) * CANVAS] * 2
-    apart.encode([finished])
-    for ours, expected in zip(found, apart.denoise(rows) if rows else [], strict=True):
+    for ours, expected in zip(found, apart.denoise(rows), strict=True):
         assert_same(ours, expected)
     assert together.length(3) == apart.length(3) == 21
     for layer in range(3):
-        for ours, expected in zip(together.stored(layer, 3), apart.stored(layer, 3), strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        for ours, expected in zip(kept[layer], stored(apart, layer, 3), strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
     following = [replace(row, first=row.slot == 3) for row in canvases(SLOTS, 2, first=False)]
     for ours, expected in zip(together.denoise(following), apart.denoise(following), strict=True):
         assert_same(ours, expected)
 
 
-def test_a_call_writes_nothing_but_the_places_of_its_own_tokens(engine: HostEngine) -> None:
-    runner = engine.fresh()
+def memory(runner: TensorRTRunner, host: Host) -> dict[str, np.ndarray]:
+    """K, V and soft embeddings of all places, by buffer, as they lie there: (places, heads, rows, numbers)."""
+    runner.synchronize()
+    found = {}
+    for buffer in runner._memory._buffers:
+        content = host.driver.view(runner._memory.address(buffer.name, 0), runner.limits.slots * buffer.place_bytes)
+        found[buffer.name] = content.view(np.float32).reshape(runner.limits.slots, buffer.heads, buffer.rows, -1)
+    return found
+
+
+def test_a_call_writes_nothing_but_the_places_of_its_own_tokens(plan: HostPlan) -> None:
+    host = Host()
+    runner = plan.open(host)
     fill(runner, SLOTS)
-    before = {name: buffer.clone() for name, buffer in runner._buffers.items()}
+    before = {name: content.copy() for name, content in memory(runner, host).items()}
     runner.denoise(canvases((2, 3), 0, first=True))
-    inputs, _ = runner.last
-    for layer in runner.spec.layers:
+    after = memory(runner, host)
+    inputs, _ = host.library.last
+    for layer in runner._spec.layers:
         for name in (f"k.{layer.index}", f"v.{layer.index}"):
-            changed = (before[name] != runner._buffers[name]).any(3).any(1)
+            changed = (before[name] != after[name]).any(3).any(1)
             assert not changed[[0, 1, 4]].any()
-            for slot, start in zip((2, 3), inputs[f"write.{layer.kind}"].tolist(), strict=True):
-                assert changed[slot].nonzero().flatten().tolist() == list(range(start, start + CANVAS))
+            for place, start in zip((2, 3), inputs[f"write.{layer.kind}"].tolist(), strict=True):
+                assert changed[place].nonzero()[0].tolist() == list(range(start, start + CANVAS))
+    assert (before["soft"] != after["soft"]).any((1, 2, 3)).tolist() == [False, False, True, True, False]
 
 
-def test_memory_that_was_never_written_is_never_read(engine: HostEngine) -> None:
+def test_memory_that_was_never_written_is_never_read(plan: HostPlan) -> None:
     """Bit by bit the same over buffers of zeros and of huge numbers; longer reads of the full layers' change nothing.
 
     Huge and not NaN: a masked key has the weight 0, and 0 * NaN is NaN. A runtime must give it finite memory.
     """
     found = []
     for poison, step in ((0.0, 1), (1e30, 1), (-1e30, 32), (3.0, 72)):
-        runner = engine.fresh(poison)
-        runner.key_step = step
+        host = Host()
+        runner = plan.open(host, key_step=step)
+        for content in memory(runner, host).values():
+            assert not content.any()  # not the NaN of memory that is new
+            content[:] = poison
         fill(runner, SLOTS)
         results = runner.denoise(canvases(SLOTS, 0, first=True)) + runner.denoise(canvases(SLOTS, 1, first=False))
         found.append(results)
@@ -142,40 +166,34 @@ def test_memory_that_was_never_written_is_never_read(engine: HostEngine) -> None
         np.testing.assert_array_equal(ours.entropy, expected.entropy)
 
 
-def test_a_long_conversation_moves_the_sliding_buffers_and_equals_a_fresh_prefill(engine: HostEngine) -> None:
+def test_a_long_conversation_moves_the_sliding_buffers_and_equals_a_fresh_prefill(plan: HostPlan) -> None:
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCABULARY, 60).astype(np.int32)
     (row,) = canvases([1], 5, first=True, asked=1)
-    grown, fresh, position, moved = engine.fresh(), engine.fresh(), 0, 0
+    grown, fresh, position, moved = plan.open(), plan.open(), 0, 0
     while position < 60:  # canvases denoised in between write scratch behind the context
         piece = tokens[position : position + int(rng.integers(1, 20))]
         grown.encode([EncodeRow(1, piece, position)])
         grown.denoise([row])
         position += len(piece)
-        moved = max(moved, grown._start[1])
+        moved = max(moved, grown._slots.start(1))
     assert moved > 0
     fresh.encode([EncodeRow(1, tokens, 0)])
     assert_same(grown.denoise([row])[0], fresh.denoise([row])[0])
 
 
 def test_more_seats_than_needed_change_nothing(folder: Path) -> None:
-    source = ModelSource.open(folder)
     found = []
     for seats in (CANVAS, 4 * CANVAS):
-        runner = HostEngine(source, moe=MoeShapes("capacity", seats, seats), slots=5, context=72)
+        runner = HostPlan(folder, moe=capacity(seats, seats), slots=5, context=72).open()
         fill(runner, SLOTS)
         found.append(runner.denoise(canvases(SLOTS, 0, first=True)))
-    assert runner.overflows == 0
+    assert runner.repeated == 0
     for ours, expected in zip(*found, strict=True):
         assert_same(ours, expected)
 
 
 # Sampler
-
-
-@pytest.fixture(scope="module")
-def dense(folder: Path) -> HostEngine:
-    return HostEngine(ModelSource.open(folder), slots=5, context=72, chunk=16)
 
 
 LIMITS = {"none": (0, 1.0), "top-k": (3, 1.0), "top-p": (0, 0.4), "both": (20, 0.7), "all": (9999, 1.0)}
@@ -190,8 +208,9 @@ def sampler_rows(first: bool) -> list[DenoiseRow]:
     ]
 
 
-def test_rows_with_and_without_limits_share_a_call_as_in_the_torch_runner(dense: HostEngine, folder: Path) -> None:
-    ours, expected = dense.fresh(), TorchRunner.open(folder, slots=5, context=72, chunk=16)
+def test_rows_with_and_without_limits_share_a_call_as_in_the_torch_runner(dense: HostPlan, folder: Path) -> None:
+    host = Host()
+    ours, expected = dense.open(host), TorchRunner.open(folder, slots=5, context=72, chunk=16)
     for runner in (ours, expected):
         fill(runner, SLOTS)
     for step in range(3):
@@ -204,15 +223,16 @@ def test_rows_with_and_without_limits_share_a_call_as_in_the_torch_runner(dense:
             if mine.logits is not None:
                 np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-5 * np.abs(theirs.logits).max())
         for slot in SLOTS:
-            torch.testing.assert_close(ours._soft[slot], expected._soft[slot][0], atol=1e-4, rtol=1e-4)
-        inputs, outputs = ours.last
+            soft = memory(ours, host)["soft"][ours._placement.place(slot), 0]
+            np.testing.assert_allclose(soft, expected._soft[slot][0], atol=1e-4, rtol=1e-4)
+        inputs, outputs = host.library.last
         assert (len(inputs["top_k"]), len(outputs["logits"]), len(outputs["argmax"])) == (36, 12, 48)
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_samples_and_entropy_are_those_of_the_filtered_logits(dense: HostEngine, name: str) -> None:
+def test_samples_and_entropy_are_those_of_the_filtered_logits(dense: HostPlan, name: str) -> None:
     top_k, top_p = LIMITS[name]
-    runner = dense.fresh()
+    runner = dense.open()
     fill(runner, SLOTS)
     rows = [replace(row, top_k=top_k, top_p=top_p, want_logits=True) for row in canvases(SLOTS, 4, first=True)]
     for row, result in zip(rows, runner.denoise(rows), strict=True):
@@ -235,17 +255,19 @@ def test_samples_and_entropy_are_those_of_the_filtered_logits(dense: HostEngine,
             assert result.argmax[position] == result.logits[position].argmax()
 
 
-def test_an_encoder_call_predicts_nothing(dense: HostEngine) -> None:
-    runner = dense.fresh()
+def test_an_encoder_call_predicts_nothing(dense: HostPlan) -> None:
+    host = Host()
+    runner = dense.open(host)
     runner.encode([EncodeRow(0, prompts()[1], 0)])
-    _, outputs = runner.last
+    runner.synchronize()
+    _, outputs = host.library.last
     assert {name: tuple(outputs[name].shape) for name in ("argmax", "sampled", "entropy", "soft.next", "logits")} == {
         "argmax": (0,), "sampled": (0,), "entropy": (0,), "soft.next": (0, 32), "logits": (0, VOCABULARY),
     }  # fmt: skip
 
 
-def test_uniforms_at_both_ends_draw_the_first_and_the_last_likely_token(dense: HostEngine) -> None:
-    runner = dense.fresh()
+def test_uniforms_at_both_ends_draw_the_first_and_the_last_likely_token(dense: HostPlan) -> None:
+    runner = dense.open()
     fill(runner, SLOTS)
     for uniform, end in ((0.0, 0), (1.0 - 2.0**-24, -1)):
         row = replace(canvases([3], 6, True)[0], uniforms=np.full(CANVAS, uniform, np.float32), top_k=5)

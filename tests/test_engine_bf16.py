@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.compile.engine import MoeShapes
-from canvasrt.compile.source import ModelSource
-from canvasrt.network.moe import Formulation
 from canvasrt.reference.model import ReferenceModel
 from canvasrt.reference.verify import MAX_ERROR_RATIO
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
-from engine_host import HostEngine, short_search
+from engine_host import HostPlan, short_search
+from host_bundles import DENSE, Host, capacity
 from layouts import LAYOUTS, Layout, export
 from rounded_reference import rounded_reference
 from tiny import Dims, write
@@ -22,7 +20,7 @@ from tiny import Dims, write
 STEPS, HEAT = 4, 0.6
 # Every token through every expert: a rounded router score then changes a weight a little, and no expert.
 STEADY = Dims(layers="sf", hidden=64, mlp=96, expert_size=64, head_dim=16, full_head_dim=32, top_k=4)
-FORMULATIONS: tuple[Formulation, ...] = ("dense", "capacity")
+MOES = {"dense": DENSE, "capacity": capacity(24, 12)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,24 +30,23 @@ def no_limits() -> Iterator[None]:
         yield
 
 
-def errors(folder: Path, formulation: Formulation, references: list[ReferenceModel], seed: int) -> tuple[float, float]:
+def errors(folder: Path, formulation: str, references: list[ReferenceModel], seed: int) -> tuple[float, float]:
     """Mean distance of our logits and of the rounded reference's from the exact reference's, each self-conditioned.
 
     ``references``: in float32, then in bfloat16.
     """
-    engine = HostEngine(
-        ModelSource.open(folder), precision="bf16", moe=MoeShapes(formulation, 24, 12), slots=1, context=64
-    )
+    host = Host()
+    runner = HostPlan(folder, precision="bf16", moe=MOES[formulation], context=64).open(host)
     rng = np.random.default_rng(seed)
     prompt = rng.integers(0, 67, 28).astype(np.int32)
-    engine.encode([EncodeRow(0, prompt, 0)])
+    runner.encode([EncodeRow(0, prompt, 0)])
     caches = [reference.encode(prompt) for reference in references]
     previous: list[torch.Tensor | None] = [None, None]
     ours = theirs = 0.0
     for step in range(STEPS):
         canvas = rng.integers(0, 67, 12).astype(np.int32)
         row = DenoiseRow(0, canvas, HEAT, np.full(12, 0.5, np.float32), first=step == 0, want_logits=True)
-        result = engine.denoise([row])[0]
+        result = runner.denoise([row])[0]
         exact, rounded = (
             reference.denoise(cache, canvas, before).float()
             for reference, cache, before in zip(references, caches, previous, strict=True)
@@ -58,24 +55,24 @@ def errors(folder: Path, formulation: Formulation, references: list[ReferenceMod
         assert np.isfinite(result.logits).all()
         ours += float((torch.from_numpy(result.logits) - exact).abs().mean() / exact.abs().max())
         theirs += float((rounded - exact).abs().mean() / exact.abs().max())
-    assert engine.last[1]["soft.next"].dtype == torch.bfloat16
+    assert host.library.last[1]["soft.next"].dtype == torch.bfloat16
     return ours, theirs
 
 
 def test_a_plain_checkpoint(tmp_path: Path) -> None:
-    ours, theirs = dict.fromkeys(FORMULATIONS, 0.0), 0.0
+    ours, theirs = dict.fromkeys(MOES, 0.0), 0.0
     for seed in range(3):
         source = Checkpoint.open(write(tmp_path / str(seed), STEADY, seed))
         references = [ReferenceModel.load(source, dtype) for dtype in (torch.float32, torch.bfloat16)]
-        for formulation in FORMULATIONS:
+        for formulation in MOES:
             ours[formulation] += (found := errors(source.folder, formulation, references, seed))[0]
         theirs += found[1]
     assert theirs > 0
     assert all(0.5 * theirs < each < 1.25 * theirs for each in ours.values()), f"{ours}, theirs {theirs}"
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_a_plain_checkpoint_whose_router_may_choose_otherwise(tmp_path: Path, formulation: Formulation) -> None:
+@pytest.mark.parametrize("formulation", MOES)
+def test_a_plain_checkpoint_whose_router_may_choose_otherwise(tmp_path: Path, formulation: str) -> None:
     """One flipped expert reaches a whole canvas, in their run or in ours: the median of some seeds says something."""
     ratios = []
     for seed in range(5):
@@ -88,7 +85,7 @@ def test_a_plain_checkpoint_whose_router_may_choose_otherwise(tmp_path: Path, fo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_quantized_checkpoints(tmp_path: Path, layout: Layout) -> None:
-    ours, theirs = dict.fromkeys(FORMULATIONS, 0.0), 0.0
+    ours, theirs = dict.fromkeys(MOES, 0.0), 0.0
     if layout == "fp8-dynamic":
         del ours["dense"]  # refused: tests/test_engine_formats.py
     for seed in range(2):

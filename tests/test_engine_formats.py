@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.compile.engine import MoeShapes
 from canvasrt.compile.source import ModelSource
 from canvasrt.errors import CheckpointError, InputError
 from canvasrt.network.moe import Formulation, MoeChoice
 from canvasrt.ops.torch_exact import ExactTorchOps
 from canvasrt.runtime.torch_runner import TorchRunner
-from engine_host import HostEngine, short_search
+from engine_host import HostPlan, short_search
+from host_bundles import DENSE, capacity
 from layouts import LAYOUTS, Export, Layout, export
 from parity import difference, request_logits
 from tiny import Dims, write
@@ -71,8 +71,8 @@ def each_scale(content: Export, *suffixes: str) -> Iterator[tuple[str, torch.Ten
 
 
 def engine_logits(checkpoint: Checkpoint, formulation: Formulation) -> list[np.ndarray]:
-    source = ModelSource.open(checkpoint.folder)
-    return request_logits(HostEngine(source, moe=MoeShapes(formulation, 24, 12), context=96))
+    moe = DENSE if formulation == "dense" else capacity(24, 12)
+    return request_logits(HostPlan(checkpoint.folder, moe=moe).open())
 
 
 def torch_logits(checkpoint: Checkpoint, formulation: Formulation, exact: bool = True) -> list[np.ndarray]:
@@ -185,7 +185,8 @@ def test_matrices_that_read_one_input_with_one_scale_are_one_product(
     made = compare(sources, tmp_path, layout, "capacity", one_input_scale)
     apart = Checkpoint.open(without_kv(export(sources(3), layout)).write(tmp_path / "apart"))
     for checkpoint, fused in ((made, True), (apart, False)):
-        network = HostEngine(ModelSource.open(checkpoint.folder)).network
+        plan = HostPlan(checkpoint.folder)
+        network = plan.network
         names = {network.get_layer(index).name for index in range(network.num_layers)}
         prefix = "model.decoder.layers.0."
         assert (f"{prefix}self_attn.q_proj.weight+k_proj+v_proj" in names) == fused
@@ -237,7 +238,7 @@ def opened(
 ) -> None:
     content = export(sources(3), layout)
     change(content)
-    HostEngine(ModelSource.open(content.write(folder / layout)), moe=MoeShapes(formulation, 8, 8))
+    HostPlan(content.write(folder / layout), moe=DENSE if formulation == "dense" else capacity(8, 8))
 
 
 @pytest.mark.parametrize("rounds", [True, False])

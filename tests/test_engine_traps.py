@@ -17,15 +17,16 @@ import canvasrt.network.moe as moe_module
 import canvasrt.network.sampler as sampler_module
 import canvasrt.network.text as text_module
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.compile.engine import GraphCache, MoeShapes
-from canvasrt.compile.source import ModelSource
+from canvasrt.compile.engine import GraphCache
 from canvasrt.engine_weights import EngineWeight
 from canvasrt.network.moe import MoeChoice
 from canvasrt.network.names import decoder_layer
 from canvasrt.ops.tensorrt_ops import TensorRTOps
 from canvasrt.ops.tensorrt_weights import EngineWeights
+from canvasrt.profiles.profile import Moe
 from canvasrt.runtime.torch_runner import TorchRunner
-from engine_host import HostEngine, short_search
+from engine_host import HostPlan, exact_seats, short_search
+from host_bundles import DENSE, capacity
 from layouts import Layout, export
 from parity import difference, request_logits
 from test_engine_formats import DIMS, EQUAL, SEEDS, without_kv
@@ -36,7 +37,7 @@ Plant = Callable[[Patch], None]
 NOTICED = 10 * EQUAL
 # A full layer in front of others, so that its mask shows, and three layers, since a norm undoes the first one's scalar.
 WIDE = Dims(layers="fsf", full_head_dim=264, full_kv_heads=2, window=9)
-DENSE, TIGHT, ROOMY = MoeShapes("dense"), MoeShapes("capacity", 9, 6), MoeShapes("capacity", 99, 99)
+TIGHT, ROOMY = capacity(9, 6), capacity(99, 99)
 
 
 def around(patch: Patch, owner: Any, name: str, wrong: Callable[..., Any]) -> None:
@@ -211,9 +212,9 @@ PLANTS: dict[str, Plant] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_limits() -> Iterator[None]:
-    """Nobody asks for top-k or top-p here."""
-    with short_search(1):
+def no_slack() -> Iterator[None]:
+    """Nobody asks for top-k or top-p here, and seats that nobody needs would hide mistakes."""
+    with short_search(1), exact_seats():
         yield
 
 
@@ -227,17 +228,15 @@ def expected(folder: Path) -> list[np.ndarray]:
     return request_logits(TorchRunner.open(folder, context=96, chunk=16))
 
 
-def formulation(name: str) -> MoeShapes:
+def formulation(name: str) -> Moe:
     return ROOMY if name.startswith("capacity") else TIGHT if name.startswith("tight") else DENSE
 
 
 @pytest.mark.parametrize("moe", [DENSE, TIGHT, ROOMY])
-def test_without_a_planted_mistake_the_torch_runner_is_met(
-    folder: Path, expected: list[np.ndarray], moe: MoeShapes
-) -> None:
-    engine = HostEngine(ModelSource.open(folder), moe=moe, slots=1, context=96)
-    assert difference(request_logits(engine), expected) < EQUAL
-    assert engine.overflows > 0 if moe is TIGHT else engine.overflows == 0
+def test_without_a_planted_mistake_the_torch_runner_is_met(folder: Path, expected: list[np.ndarray], moe: Moe) -> None:
+    runner = HostPlan(folder, moe=moe).open()
+    assert difference(request_logits(runner), expected) < EQUAL
+    assert runner.repeated > 0 if moe is TIGHT else runner.repeated == 0
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -245,8 +244,8 @@ def test_a_planted_mistake_is_noticed(
     folder: Path, expected: list[np.ndarray], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     PLANTS[name](monkeypatch)
-    engine = HostEngine(ModelSource.open(folder), moe=formulation(name), slots=1, context=96)
-    assert not difference(request_logits(engine), expected) < NOTICED  # NaN is noticed too
+    runner = HostPlan(folder, moe=formulation(name)).open()
+    assert not difference(request_logits(runner), expected) < NOTICED  # NaN is noticed too
 
 
 # Quantized checkpoints: layout, formulation, plant.
@@ -292,7 +291,7 @@ def experts_below_each_other(patch: Patch) -> None:
     patch.setattr(weights_module, "_side_by_side", lambda pieces, weight: np.concatenate([p.ravel() for p in pieces]))
 
 
-QUANTIZED: list[tuple[Layout, MoeShapes, Plant]] = [
+QUANTIZED: list[tuple[Layout, Moe, Plant]] = [
     ("w4a16-nvfp4", ROOMY, no_multiplier),
     ("w4a16-nvfp4", ROOMY, multipliers_in_another_order),
     ("w4a16-nvfp4", DENSE, no_shares),
@@ -311,19 +310,18 @@ QUANTIZED: list[tuple[Layout, MoeShapes, Plant]] = [
 
 
 @pytest.fixture(scope="module")
-def equal(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[ModelSource, list[np.ndarray]]]:
+def equal(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[np.ndarray]]]:
     """A checkpoint of a layout whose logits are equal without a mistake (see test_engine_formats.py), and these."""
 
     @cache
-    def found(layout: Layout, moe: MoeShapes) -> tuple[ModelSource, list[np.ndarray]]:
+    def found(layout: Layout, moe: Moe) -> tuple[Path, list[np.ndarray]]:
         for seed in SEEDS:
             plain = write(tmp_path_factory.mktemp("plain"), DIMS, seed)
             made = without_kv(export(plain, layout)).write(tmp_path_factory.mktemp("made") / "made")
             runner = TorchRunner(Checkpoint.open(made), context=96, exact=True, moe=MoeChoice(moe.formulation, 99))
             logits = request_logits(runner)
-            source = ModelSource.open(made)
-            if difference(request_logits(HostEngine(source, moe=moe, slots=1, context=96)), logits) < EQUAL:
-                return source, logits
+            if difference(request_logits(HostPlan(made, moe=moe).open()), logits) < EQUAL:
+                return made, logits
         pytest.fail(f"{layout} equals the torch runner for no seed")
 
     return found
@@ -333,13 +331,12 @@ def equal(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Model
     ("layout", "moe", "plant"), QUANTIZED, ids=[f"{q[0]}-{q[1].formulation}-{q[2].__name__}" for q in QUANTIZED]
 )
 def test_a_mistake_with_quantized_matrices_is_noticed(
-    equal: Callable[..., tuple[ModelSource, list[np.ndarray]]],
+    equal: Callable[..., tuple[Path, list[np.ndarray]]],
     layout: Layout,
-    moe: MoeShapes,
+    moe: Moe,
     plant: Plant,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, logits = equal(layout, moe)
+    folder, logits = equal(layout, moe)
     plant(monkeypatch)
-    engine = HostEngine(source, moe=moe, slots=1, context=96)
-    assert not difference(request_logits(engine), logits) < NOTICED
+    assert not difference(request_logits(HostPlan(folder, moe=moe).open()), logits) < NOTICED
