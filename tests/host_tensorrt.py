@@ -8,6 +8,7 @@ call's shapes must lie in the ranges that the engine is built for.
 import contextlib
 import ctypes
 import itertools
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -207,6 +208,7 @@ class HostContext:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._range = list(self._engine.described.ranges.values())[profile_index]
+        self._least_scratch = self._engine.get_device_memory_size_for_profile_v2(profile_index)
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -231,6 +233,9 @@ class HostContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine = self._engine
+        if self._scratch is None or self._scratch[1] < self._least_scratch:
+            engine.logger.log(trt.ILogger.ERROR, f"{self._scratch} is not enough device memory")
+            return False
         if missing := sorted(self._types.keys() - self._addresses.keys()):
             engine.logger.log(trt.ILogger.ERROR, f"Address is not set for {missing[0]}")
             return False
@@ -243,11 +248,14 @@ class HostContext:
         # A captured call keeps these; a context that has got other shapes meanwhile has changed what they rely on.
         shapes, addresses, version = dict(self._shapes), dict(self._addresses), self._version
         captured = self._driver.capturing
+        this = weakref.ref(self)
 
         def execute() -> None:
-            if captured and version != self._version:
+            if this() is None:
+                raise IllegalAddressError("a context was destroyed while its call was queued")
+            if captured and version != this()._version:
                 raise IllegalAddressError("a captured call ran after its context had got other shapes")
-            self._execute(shapes, addresses)
+            this()._execute(shapes, addresses)
 
         self._driver.enqueue(execute)
         return True
@@ -292,6 +300,9 @@ class HostRefitter:
         layer = self._engine.described.placeholders.get(name)
         if layer is None or (layer.get_output(0).dtype, trt.volume(layer.shape)) != (weights.dtype, weights.size):
             self._logger.log(trt.ILogger.ERROR, f"{name}: rejected, {weights.size} of {weights.dtype}")
+            return False
+        if weights_address(weights) % 16:
+            self._logger.log(trt.ILogger.ERROR, f"{name}: not aligned to 16 bytes")
             return False
         self._set[name] = (weights_address(weights), weights_bytes(weights.dtype, weights.size))
         return True

@@ -160,6 +160,27 @@ def test_sizes_that_are_rounded_up_change_nothing(bundles: Bundles, host: Host, 
     assert keys == {1: 62, 8: 64, 64: 64}[key_step]  # 50 and a canvas
 
 
+def test_a_prompt_is_padded_with_its_own_tokens(bundles: Bundles, host: Host) -> None:
+    """Equal ones would all want the same experts, and with few seats the call would be repeated."""
+    runner = host.open(bundles.bundle(), token_step=8)
+    runner.encode([EncodeRow(0, np.arange(2, 7, dtype=np.int32), 0)])
+    runner.synchronize()
+    assert host.library.last[0]["tokens"].tolist() == [[2, 3, 4, 5, 6, 2, 3, 4]]
+    assert runner.length(0) == 5
+
+
+def test_a_context_lives_until_its_call_is_done(bundles: Bundles, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is dropped for another while its call, for which nobody waits, is still queued."""
+    monkeypatch.setattr("canvasrt.runtime.engine_contexts.GRAPHS", 1)
+    runner, torch = host.open(bundles.bundle(canvases=2), key_step=CONTEXT), bundles.torch(2)
+    for each in (runner, torch):
+        prompts(each, {0: 9})
+    for step in range(4):
+        for each in (runner, torch):
+            each.encode([EncodeRow(0, np.arange(2 + step, 14 + step, dtype=np.int32), 9 + 12 * step)])
+        assert_same(runner.denoise(rows((0,), step, True)), torch.denoise(rows((0,), step, True)))
+
+
 def test_a_prompt_is_not_padded_beyond_the_context(bundles: Bundles, host: Host) -> None:
     ours, torch = host.open(bundles.bundle(), token_step=16), bundles.torch(2)
     for runner in (ours, torch):
