@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from canvasrt.errors import CapacityError, DeviceError, InputError
+from canvasrt.runtime.engine_contexts import EngineContexts
 from canvasrt.runtime.protocol import DenoiseResult, DenoiseRow, EncodeRow, EngineRunner
 from canvasrt.runtime.tensorrt_runner import TensorRTRunner
 from canvasrt.runtime.torch_runner import TorchRunner
@@ -136,6 +137,19 @@ def test_slots_that_run_together_are_brought_together_with_all_that_they_hold(bu
     assert host.driver.calls["cuMemcpy2DAsync"] + host.driver.calls["cuMemcpyDtoDAsync"] > 0
 
 
+def test_an_empty_slot_that_made_room_has_no_soft_embeddings_of_another(bundles: Bundles, host: Host) -> None:
+    """Who forgets ``first`` gets zeros, as after a release."""
+    ours, torch = host.open(bundles.bundle(canvases=2), slots=3), bundles.torch(3)
+    for runner in (ours, torch):
+        prompts(runner, {0: 30, 2: 9})
+        runner.denoise(rows((0,), 0, first=True))
+        runner.denoise(rows((2,), 0, first=True))
+        runner.denoise(rows((0, 2), 1))  # slot 1 lies where one of them was
+        prompts(runner, {1: 9}, seed=8)
+    assert ours._placement.place(1) != 1
+    assert_same(ours.denoise(rows((1,), 2)), torch.denoise(rows((1,), 2)))
+
+
 def test_slots_that_stay_together_are_never_moved(bundles: Bundles, host: Host) -> None:
     runner = host.open(bundles.bundle(canvases=2), slots=4)
     prompts(runner, {1: 5, 2: 9})
@@ -247,6 +261,24 @@ def test_steps_that_come_again_are_launched_as_graphs_and_equal_calls(bundles: B
     assert captured.launches == 5  # the third of its sizes on
     assert host.driver.calls["cuGraphInstantiate"] == 1
     assert host.library.contexts == 2 + 1
+
+
+@pytest.mark.parametrize(("library", "captures"), [("tensorrt_rtx", 3), ("tensorrt", 1)])
+def test_graphs_are_captured_again_where_better_kernels_come_later(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, library: str, captures: int
+) -> None:
+    monkeypatch.setattr("canvasrt.runtime.engine_contexts.RECAPTURES", (2, 4))
+    host = Host()
+    runner, torch = host.open(bundles.bundle(canvases=1), key_step=CONTEXT), bundles.torch(1)
+    host.library.__name__ = library
+    runner._contexts = EngineContexts(runner._contexts._engine, runner.device, ["encoder", "decoder"])
+    for each in (runner, torch):
+        prompts(each, {0: 30})
+    for step in range(10):
+        assert_same(runner.denoise(rows((0,), step, step == 0)), torch.denoise(rows((0,), step, step == 0)))
+    assert host.driver.calls["cuGraphInstantiate"] == captures
+    assert host.driver.calls["cuGraphExecDestroy"] == captures - 1
+    assert runner.launches == 8
 
 
 def test_graphs_are_kept_up_to_a_number(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:

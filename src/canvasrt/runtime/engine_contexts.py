@@ -16,6 +16,8 @@ from canvasrt.runtime.tensorrt_engine import Context, Shape, TensorRTEngine
 
 Bindings = Callable[[], tuple[Mapping[str, Shape], Mapping[str, int]]]
 
+# Launches after which a graph is captured anew, where the library compiles better kernels meanwhile.
+RECAPTURES = (50, 1000)
 GRAPHS = 24  # kept at once; the one that was used longest ago goes first
 _REMEMBERED = 512  # keys that ran once
 
@@ -24,6 +26,7 @@ _REMEMBERED = 512  # keys that ran once
 class _Own:
     context: Context
     graph: Any = None
+    launches: int = 0
 
 
 class EngineContexts:
@@ -35,6 +38,7 @@ class EngineContexts:
         self._shared = {name: engine.context(name) for name in ranges}
         self._own: OrderedDict[Hashable, _Own] = OrderedDict()
         self._once: OrderedDict[Hashable, None] = OrderedDict()
+        self._recaptures = RECAPTURES if engine.compiles_late else ()
         self.captures = True
         self.launched = 0  # calls that were launches of a graph
 
@@ -49,9 +53,8 @@ class EngineContexts:
         own = self._own_of(shape_range, key) if self.captures and key is not None else None
         if own is None:
             self._enqueue(self._shared[shape_range], bindings)
-        elif own.graph is not None:
-            self._device.launch(own.graph)
-            self.launched += 1
+        elif own.graph is not None and own.launches not in self._recaptures:
+            self._launch(own)
         else:
             self._enqueue_or_capture(own, bindings)
 
@@ -90,8 +93,15 @@ class EngineContexts:
             self._engine.warnings.append(f"steps are not captured in graphs: {error}")
             own.context.enqueue()
             return
+        if own.graph is not None:
+            self._device.synchronize()
+            self._device.drop(own.graph)
         own.graph = found[0]
+        self._launch(own)
+
+    def _launch(self, own: _Own) -> None:
         self._device.launch(own.graph)
+        own.launches += 1
         self.launched += 1
 
     def _enqueue(self, context: Context, bindings: Bindings) -> None:

@@ -123,6 +123,10 @@ class EngineIO:
         _, pinned = self._logits_memory()
         return pinned.array.view(np.float32).reshape(self._canvas, self._vocabulary).copy()
 
+    def reserve_logits(self) -> None:
+        """Memory for one canvas of logits, once somebody asks. Raises OutOfMemoryError."""
+        self._logits_memory()
+
     def keep_soft(self, target: int, turn: int, canvases: int) -> None:
         """Queues the copy of soft embeddings from where a call wrote them, its ``turn``-th canvas first."""
         nbytes = self._canvas * self._width

@@ -47,10 +47,15 @@ class TensorRTEngine:
             raise BundleError(
                 f"{path}: the plan has {profiles} shape ranges, its manifest {len(self._ranges)}: build it again"
             )
-        self._config = {name: self._runtime_config(name) for name in self._ranges}
+        self._config = {name: self._runtime_config() for name in self._ranges}
         self._cache = self._runtime_cache()
         self._scratch_bytes = 0
         self._scratch = 0
+
+    @property
+    def compiles_late(self) -> bool:
+        """Whether kernels of a shape get better while it is in use: TensorRT-RTX compiles them in the background."""
+        return self.trt.__name__ == RTX
 
     def reserve(self) -> int:
         """Allocates what all contexts share, since one call runs at a time. Bytes; OutOfMemoryError where short.
@@ -95,17 +100,15 @@ class TensorRTEngine:
                 "bundle again for this machine"
             )
 
-    def _runtime_config(self, shape_range: str) -> Any:
+    def _runtime_config(self) -> Any:
         trt = self.trt
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if trt.__name__ == RTX:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the runner captures steps itself
-            strategy = trt.DynamicShapesKernelSpecializationStrategy
-            # A captured step would keep the fallback kernels of LAZY forever; prompts must not wait for a compiler.
-            config.dynamic_shapes_kernel_specialization_strategy = (
-                strategy.EAGER if shape_range == "decoder" else strategy.LAZY
-            )
+            # In the background: else every request would wait for the compiler when one brings new sizes.
+            strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+            config.dynamic_shapes_kernel_specialization_strategy = strategy
         return config
 
     def _runtime_cache(self) -> Any:

@@ -124,6 +124,8 @@ class TensorRTRunner:
         """One step for each row. ``meanwhile`` is called once while the GPU works."""
         with self._usable():
             check_denoise(self._limits, self._lengths(), rows)
+            if any(row.want_logits for row in rows):
+                self._io.reserve_logits()  # before anything has changed
             results: dict[int, DenoiseResult] = {}
             slots = {row.slot for row in rows}
             while first := [slot for slot in self._pending if slot in slots][: self._shapes.canvases]:
@@ -214,6 +216,9 @@ class TensorRTRunner:
         for one, other in pairs:  # by now each is where the other was
             there, here = self._placement.place(other), self._placement.place(one)
             self._memory.exchange(there, here, self._held(one), self._held(other))
+            for slot in (one, other):
+                if not self._slots.length(slot):  # what stands at its new place is another's
+                    self._memory.clear_soft(self._placement.place(slot))
         return first
 
     def _held(self, slot: int) -> Held:
