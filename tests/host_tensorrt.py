@@ -99,7 +99,7 @@ class HostTensorRT:
         self.calls = 0
         self.last: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
         self.refitted: list[list[str]] = []  # names, by refit
-        self.validity = trt.EngineValidity.VALID
+        self.validity = (trt.EngineValidity.VALID, 0)
         self.capturable = True
         self.contexts = 0
         self.kernels = b"kernels of this GPU"
@@ -141,7 +141,7 @@ class HostRuntime(Datacenter):
         self._module, self._logger = module, logger
 
     def get_engine_validity(self, buffer: Any) -> tuple[Any, int]:
-        return self._module.validity, 0
+        return self._module.validity
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> "HostCudaEngine | None":
         described = self._module.described(bytes(serialized_engine))

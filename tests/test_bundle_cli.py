@@ -1,12 +1,16 @@
 """``canvasrt verify`` and ``canvasrt generate`` on an engine bundle, whose engine the network interpreter executes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from builds import run_here
+from builds import Builds, run_here
 from canvasrt.runtime import engine_call
 from canvasrt.runtime.open_bundle import Hardware
 from host_bundles import Host, host_bundle
@@ -92,3 +96,32 @@ def test_generate_answers_with_a_bundle(demo: Path, gpu: Host) -> None:
     assert gpu.library.calls > 0
     code, _, said = run_here("generate", demo, "--prompt", puzzle, "--context", 128)
     assert (code, "built for a context of 256 tokens" in said) == (2, True)
+
+
+REAL = """
+import sys
+import tensorrt_rtx
+from canvasrt.bundle.reader import EngineBundle
+from canvasrt.runtime.cuda_device import CudaDevice
+from canvasrt.runtime.tensorrt_engine import TensorRTEngine
+from host_gpu import HostDriver
+plan = EngineBundle.open(sys.argv[1]).engine("text")
+try:
+    TensorRTEngine(tensorrt_rtx, CudaDevice(HostDriver()), plan, ["encoder", "decoder"], "text.engine")
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_nvidias_own_library_refuses_a_real_plan_here_and_we_repeat_its_words(builds: Builds) -> None:
+    """What of the real library works without a GPU: its runtime starts, reads the plan, and says what it lacks.
+
+    In a process of its own, since the library writes to the first logger that a process gave it.
+    """
+    bundle = builds.bundle("tiny", "rtx-5090").path
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", REAL, str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
+    assert done.stdout.startswith("BundleError: text.engine: TensorRT-RTX says that this machine's GPU or driver can't")
+    assert "cudaError 35" in done.stdout

@@ -159,7 +159,7 @@ def other_version(made: Host) -> None:
 
 
 def invalid(made: Host) -> None:
-    made.library.validity = trt.EngineValidity.INVALID
+    made.library.validity = (trt.EngineValidity.INVALID, int(trt.EngineInvalidityDiagnostics.OLD_CUDA_DRIVER))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def invalid(made: Host) -> None:
         (host(version=12040), None, InputError, "driver supports CUDA 12.4, and TensorRT here needs 13.0"),
         (host(gpus=0), None, InputError, "GPU 0 does not exist: CUDA sees 0"),
         (host(), other_version, BundleError, "compiled by tensorrt-rtx .* and tensorrt-rtx 1.6.0.1 is installed"),
-        (host(), invalid, BundleError, "can't run the plan"),
+        (host(), invalid, BundleError, r"GPU or driver can't run the plan \(OLD_CUDA_DRIVER\): update the driver"),
     ],
     ids=["another card", "Hopper", "old driver", "no GPU", "another library", "invalid here"],
 )  # fmt: skip
@@ -306,6 +306,13 @@ def test_a_library_that_runs_out_of_memory_is_understood(inside: Path) -> None:
         return found
 
     made.library.Runtime = runtime  # type: ignore[method-assign]
+    with pytest.raises(CapacityError, match="while the bundle was loaded"):
+        made.load(inside)
+
+
+def test_a_library_that_sees_too_little_memory_beforehand(inside: Path) -> None:
+    made = Host()
+    made.library.validity = (trt.EngineValidity.INVALID, int(trt.EngineInvalidityDiagnostics.INSUFFICIENT_GPU_MEMORY))
     with pytest.raises(CapacityError, match="while the bundle was loaded"):
         made.load(inside)
 

@@ -32,6 +32,7 @@ ALLOWED_RTX_ONLY = {
     "ComputeCapability": "names the GPUs that are built for; datacenter TensorRT builds for the GPU it runs on",
     "IBuilderConfig.num_compute_capabilities": "the same",
     "IBuilderConfig.set_compute_capability": "the same",
+    "EngineInvalidityDiagnostics": "plans that are compiled elsewhere than they run",
     "EngineValidity": "plans that are compiled elsewhere than they run",
     "CudaGraphStrategy": "kernels that are compiled while a call waits",
     "DynamicShapesKernelSpecializationStrategy": "the same",

@@ -93,12 +93,18 @@ class TensorRTEngine:
     def _check_validity(self, plan: memoryview, path: str) -> None:
         if self.trt.__name__ != RTX:
             return
-        validity, diagnostics = self._runtime.get_engine_validity(plan)
-        if validity == self.trt.EngineValidity.INVALID:
-            raise BundleError(
-                f"{path}: this GPU, driver or TensorRT-RTX can't run the plan (diagnostics {diagnostics}): build the "
-                "bundle again for this machine"
-            )
+        validity, bits = self._runtime.get_engine_validity(plan)
+        if validity != self.trt.EngineValidity.INVALID:
+            return
+        flags = self.trt.EngineInvalidityDiagnostics.__members__.items()
+        reasons = [name for name, flag in flags if int(bits) & int(flag)]
+        if "INSUFFICIENT_GPU_MEMORY" in reasons:
+            raise OutOfMemoryError(len(plan))
+        said = ", ".join(reasons) or self.said.last() or "it gives no reason"
+        raise BundleError(
+            f"{path}: TensorRT-RTX says that this machine's GPU or driver can't run the plan ({said}): update the "
+            "driver, or build the bundle again for this GPU"
+        )
 
     def _runtime_config(self) -> Any:
         trt = self.trt
