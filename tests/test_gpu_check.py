@@ -276,7 +276,7 @@ def test_targets_part_on_the_host(gpu_check: ModuleType, options: Any) -> None:
     def build(trt: Any, target: str) -> bytes:
         if target == "SM80":
             raise rtx_targets.PartError("the compiler refused: no such target")
-        builder, network, config, kept = rtx_targets.prepared(trt, "SM120", [])
+        builder, network, config, kept = rtx_targets.prepared(trt, "SM120")
         alive.extend((builder, network, config, kept))
         plan = f"target {target}".encode()
         limits = ((1, rtx_targets.WIDTH), (24, rtx_targets.WIDTH), (48, rtx_targets.WIDTH))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from canvasrt.runtime.cuda_device import CudaDevice, open_device
-from canvasrt.runtime.tensorrt_engine import TensorRTEngine
+from canvasrt.runtime.tensorrt_engine import TensorRTEngine, library_log
 from gpu_parts.record import Options, PartError, Record, described, library
 
 TARGETS = ("SM80", "SM89", "SM120", "CURRENT")
@@ -110,30 +110,21 @@ def describe(trt: Any, network: Any, kept: list[Any]) -> None:
 
 def plan_of(trt: Any, target: str) -> bytes:
     """Raises PartError with what the compiler said."""
-    said: list[str] = []
-    builder, network, config, kept = prepared(trt, target, said)
+    builder, network, config, kept = prepared(trt, target)
     plan = builder.build_serialized_network(network, config)
     del kept
     if plan is None:
-        raise PartError(f"the compiler refused: {'; '.join(said[-3:]) or 'it gave no reason'}")
+        raise PartError(f"the compiler refused: {library_log(trt)[1].last() or 'it gave no reason'}")
     return bytes(plan)
 
 
-def prepared(trt: Any, target: str, said: list[str]) -> tuple[Any, Any, Any, list[Any]]:
+def prepared(trt: Any, target: str) -> tuple[Any, Any, Any, list[Any]]:
     """Builder, network, configuration, and memory that must live as long as they do."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                said.append(message)
-
-    logger = Logger()
+    logger, said = library_log(trt)
+    said.errors.clear()  # of the target before
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    kept: list[Any] = [logger]
+    kept: list[Any] = []
     describe(trt, network, kept)
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1

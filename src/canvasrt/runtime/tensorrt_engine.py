@@ -31,7 +31,7 @@ class TensorRTEngine:
         self.device = device
         self.warnings: list[str] = []  # for who opened it
         self._ranges = list(ranges)
-        self.logger, self.said = _logger(trt)
+        self.logger, self.said = library_log(trt)
         self.said.errors.clear()  # of an engine before
         self._runtime = trt.Runtime(self.logger)
         self._check_validity(plan, path)
@@ -174,10 +174,11 @@ class Said:
         return "; ".join(self.errors)
 
 
-_LOGGERS: dict[str, tuple[Any, Said]] = {}  # by library, which uses the first logger of a process for all, to its end
+_LOGGERS: dict[str, tuple[Any, Said]] = {}  # by library
 
 
-def _logger(trt: ModuleType) -> tuple[Any, Said]:
+def library_log(trt: ModuleType) -> tuple[Any, Said]:
+    """The logger for everything of a library, and what it heard: the library keeps the first one of a process."""
     if trt.__name__ not in _LOGGERS:
         said = Said()
 
