@@ -255,7 +255,7 @@ def test_ctrl_c_in_generate_cancels_all_its_requests(url: str, parrot: Parrot) -
         (("--url", "127.0.0.1:1", "-p", " "), "the prompt is empty"),
         (("--url", "127.0.0.1:1", "--dtype", "bfloat16"), "leave --dtype out"),
         (("examples/sudoku/checkpoint", "--timeout", "1"), "--timeout is for a server"),
-        (("examples/sudoku/checkpoint", "--url", "127.0.0.1:1"), "leave CHECKPOINT out"),
+        (("examples/sudoku/checkpoint", "--url", "127.0.0.1:1"), "leave MODEL out"),
         (("--url", "127.0.0.1:1"), "no server answers"),
     ],
 )

@@ -1,5 +1,6 @@
 """The canvas loop in a process of its own: same answers, and an end for everybody when it dies."""
 
+import json
 import os
 import queue
 import signal
@@ -24,6 +25,7 @@ from canvasrt.serve.engine_process import EngineProcess, _portable
 from canvasrt.serve.intake import read_request
 from canvasrt.serve.model import open_served
 from canvasrt.serve.settings import ServeSettings
+from canvasrt.serve.triton_log import LOST
 from planning import DEMO
 from service import tensors
 
@@ -115,7 +117,7 @@ def test_a_full_queue_refuses_and_a_cancelled_request_ends(opened: tuple[EngineP
     assert ended == {(number, "cancelled") for number in range(10, 13)}
 
 
-def test_a_killed_engine_fails_its_requests_and_takes_no_more() -> None:
+def test_a_killed_engine_fails_its_requests_and_takes_no_more(capfd: pytest.CaptureFixture[str]) -> None:
     with running() as (engine, ear):
         engine.submit(Request(1, state_of(seed=1, max_tokens=200, **ENDLESS)))
         engine.submit(Request(2, state_of(seed=2, max_tokens=200, **ENDLESS)))
@@ -137,6 +139,8 @@ def test_a_killed_engine_fails_its_requests_and_takes_no_more() -> None:
         with pytest.raises(BusyError, match="must be restarted: the engine process has ended"):
             engine.submit(Request(3, state_of(input_ids=[5], seed=3)))
         engine.cancel(1)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if LOST in line]  # for the supervisor
+    assert json.loads(line)["message"] == "the engine process has ended (signal SIGKILL)"
 
 
 def test_a_silent_engine_refuses_and_what_it_took_meanwhile_is_told_to_nobody(
@@ -177,7 +181,7 @@ def test_a_request_that_was_told_to_have_failed_is_not_refused_as_well(
     assert engine._states == {}
 
 
-def test_closing_lets_requests_end_for_a_while_and_cancels_the_rest() -> None:
+def test_closing_lets_requests_end_for_a_while_and_cancels_the_rest(capfd: pytest.CaptureFixture[str]) -> None:
     with running() as (engine, ear):
         engine.submit(Request(1, state_of(input_ids=[5], seed=1, max_tokens=48)))
         assert engine.drain(60)
@@ -189,6 +193,7 @@ def test_closing_lets_requests_end_for_a_while_and_cancels_the_rest() -> None:
         assert not engine.drain(0.05)
         engine.close()
         assert (ear.end().kind, ear.events.empty()) == ("cancelled", True)
+    assert LOST not in capfd.readouterr().err  # nobody has to act
 
 
 def test_an_engine_without_a_server_ends() -> None:

@@ -130,6 +130,7 @@ def serve_and_fail(bundle: Path, fault: Path) -> None:
         assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(answer)
         fault.unlink()
         server.wait_for("the model is back", 90)
+        assert "(2 of 3)" not in server.log  # failed canary requests: it is known what has happened
         assert server.generate(60, **ASKED)["text_output"] == codec.decode(expected(state))
 
 

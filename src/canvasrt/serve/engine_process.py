@@ -59,6 +59,7 @@ class EngineProcess:
         self._waiting: dict[int, queue.SimpleQueue[Any]] = {}
         self._states: dict[int, RequestState] = {}  # of requests that have not ended, as last heard
         self._gone: ServerError | None = None
+        self._closing = False
         self._lock = threading.Lock()  # of the three above
         self._listener: Listener
         self._reader = threading.Thread(target=self._read, name="engine", daemon=True)
@@ -136,6 +137,7 @@ class EngineProcess:
 
     def close(self) -> None:
         """Cancels what still runs, tells it, and ends the process."""
+        self._closing = True
         with contextlib.suppress(BusyError, queue.Empty):
             self._call("close", timeout=_END_SECONDS)
         try:
@@ -200,6 +202,8 @@ class EngineProcess:
     def _lost(self) -> None:
         """The process has ended, asked or not: everybody who waits for it is told."""
         gone = ServerError(f"the engine process has ended ({_how(self._process)})")
+        if not self._closing:
+            write_line("error", "engine lost", {"message": str(gone)})  # the supervisor reads it, and acts
         with self._lock:
             self._gone = gone
             states, self._states = self._states, {}

@@ -199,16 +199,19 @@ class Supervisor:
         self._ready(process.pid)
         failures = 0
         while True:
-            await asyncio.sleep(self._timing.retry if failures else self._timing.canary)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._log.lost.wait(), self._timing.retry if failures else self._timing.canary)
             fault = await self._ping()
             if fault is None:
+                self._log.lost.clear()  # of a model that was replaced since
                 if failures:
                     self._say("the canary request is answered again")
                 failures = 0
                 continue
             failures += 1
             self._say(f"canary request failed ({failures} of {self._timing.failures}): {fault}")
-            if failures >= self._timing.failures or not _others_in_session(process.pid):  # it is hung, or dead
+            gone = self._log.lost.is_set() or not _others_in_session(process.pid)
+            if gone or failures >= self._timing.failures:  # it is dead, or hung
                 await self._repair(process)
                 failures = 0
 
@@ -244,6 +247,7 @@ class Supervisor:
             raise ServerError(f"the model failed again after {len(self._repaired)} repairs: giving up")
         self._repaired.append(now)
         self._say("loading the model again")
+        self._log.lost.clear()
         for stub in _others_in_session(process.pid):  # a model that hangs would keep its memory
             with suppress(ProcessLookupError):
                 os.kill(stub, signal.SIGKILL)

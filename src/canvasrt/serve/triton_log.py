@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 STOPPED = '"event": "stopped"'  # in the model's log
+LOST = '"event": "engine lost"'
 _LAST, _SHOWN = 40, 15
 _OWN = re.compile(r"^\S+ ([IWEF]) \d+ \w+\.(cc|h):\d+\] ")  # not a line of the model, whose source is a .py
 _TABLE = re.compile(r"^([+|]|\s*$)")
@@ -25,6 +26,7 @@ class TritonLog:
         self._started = False
         self._refused = False
         self.stopped = asyncio.Event()  # the model has answered everybody and lets go of what it holds
+        self.lost = asyncio.Event()  # the model's engine process has ended, which the model can't mend
         self._last: deque[str] = deque(maxlen=_LAST)
 
     async def read(self, output: BinaryIO) -> None:
@@ -62,6 +64,8 @@ class TritonLog:
         # Not Triton's own "All models are stopped": it counts no streams, and says so while they still run.
         if line.startswith("{") and STOPPED in line:
             self.stopped.set()
+        if line.startswith("{") and LOST in line:
+            self.lost.set()
         self._refused = self._refused or line.startswith("error: creating server")  # a traceback follows
         loud = not self._refused if own is None else self._started and own[1] != "I"
         if self._verbose or (loud and not table):
