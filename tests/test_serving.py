@@ -332,6 +332,20 @@ def test_a_full_queue_a_kill_under_load_and_the_end() -> None:
         assert found["answered"] == 3, found  # one was running and two waited: all have 30 seconds
 
 
+def test_requests_that_shared_a_connection_leave_a_model_that_ends_in_order() -> None:
+    """A call that its client cancels behind the last response makes Triton keep the model for ever."""
+    settings = ("--set", "slots=4", "--set", "context=256", "--set", "threads=1")
+    values = {"text_input": "12.", "max_denoising_steps": 1, "max_tokens": 5}
+    with serving(DEMO, *settings) as server:
+        with Client(server.grpc) as client, ThreadPoolExecutor(4) as threads:
+            answered = list(threads.map(lambda seed: len(list(client.generate(seed=seed, **values))), range(24)))
+            client.ping()
+        server.process.terminate()
+        assert server.wait(60) == 0
+        assert len(answered) == 24
+        assert '"event": "stopped"' in server.log
+
+
 def answers(client: Client) -> bool:
     try:
         return [response.finish_reason for response in client.generate(text_input="1", max_tokens=1)] != []

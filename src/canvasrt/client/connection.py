@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
@@ -84,6 +85,7 @@ class Client:
         call = self._open(encode({"ping": True}), "ping", seconds)
         try:
             message = next(call)
+            _drain(call)
         except StopIteration:
             raise ServerError(f"the server at {self.url} did not answer a ping") from None
         except grpc.RpcError as error:
@@ -208,6 +210,7 @@ class _Reader:
             for response in self._responses():
                 self.news.put(response)
             self.news.put(None)
+            _drain(self._call)
         except grpc.RpcError as error:
             self.news.put(self._reason or _lost(error, self._url, self._received))
         except Exception as error:  # a bug belongs to who reads, too
@@ -235,6 +238,17 @@ class _Reader:
                     raise ServerError(f"the server at {self._url} ended an answer without a finish_reason")
                 return
         raise ServerError(f"the server at {self._url} ended an answer before it was complete")
+
+
+def _drain(call: Any) -> None:
+    """Waits for the server's word that a call is over, whose answer is complete.
+
+    A call that is dropped before is cancelled, and Triton then never lets go of the request: the model could not be
+    unloaded any more, and a server that is told to stop would wait until it is killed.
+    """
+    with suppress(grpc.RpcError):
+        for _ in call:
+            pass
 
 
 def _lost(error: grpc.RpcError, url: str, received: int) -> CanvasRTError:
