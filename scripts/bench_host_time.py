@@ -38,7 +38,7 @@ def main() -> None:
         sizes = {"context": CONTEXT, "chunk": CHUNK, "canvases": given.canvases, "slots": given.canvases}
         bundle = host_bundle(Path(folder) / "bundle", checkpoint, **sizes)
         runner = Host().load(bundle).runner
-        host_tensorrt.HostContext._execute = lambda *arguments: None  # type: ignore[method-assign]
+        host_tensorrt.HostContext._execute = lambda *arguments: None
         for slot in range(given.canvases):
             runner.encode([EncodeRow(slot, rng.integers(2, VOCABULARY, PROMPT).astype(np.int32), 0)])
         print("| canvases | ms per step |\n| --- | --- |")

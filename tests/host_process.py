@@ -30,4 +30,4 @@ class HostHardware(canvasrt.runtime.open_bundle.Hardware):
 
 def install() -> None:
     """For all of this process."""
-    canvasrt.runtime.open_bundle.Hardware = HostHardware  # type: ignore[misc]
+    canvasrt.runtime.open_bundle.Hardware = HostHardware

@@ -22,15 +22,11 @@ import torch
 from canvasrt.compile import compiler, job
 from canvasrt.ops.tensorrt_graph import EnginePrecision, Graph
 from host_gpu import HostDriver, IllegalAddressError
+from rtx_only import RTX_ONLY
 from trt_interpreter import Interpreter
 from trt_interpreter_values import TORCH_TYPES, weights_address, weights_bytes
 
 SCRATCH_BYTES = 4096
-# Of what the runtime uses, what datacenter TensorRT does not have; test_host_tensorrt.py compares.
-RTX_ONLY = {
-    "EngineValidity", "CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "get_engine_validity",
-    "create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy",
-}  # fmt: skip
 
 
 class Described:

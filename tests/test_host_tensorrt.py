@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import tensorrt_rtx as trt
 
-from host_tensorrt import RTX_ONLY, HostContext, HostCudaEngine, HostRefitter, HostRuntime, HostRuntimeConfig
+from host_tensorrt import HostContext, HostCudaEngine, HostRefitter, HostRuntime, HostRuntimeConfig
+from rtx_only import RTX_ONLY
 from trt_surface import SURFACE
 
 DOUBLES = {

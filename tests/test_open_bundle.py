@@ -109,6 +109,8 @@ def test_a_weight_that_does_not_fill_its_place_is_refused(stripped: Path, checkp
     assert source.made(entry).nbytes == entry.nbytes
     with pytest.raises(BundleError, match=r"has room for [\d,]+ bytes, and the checkpoint's tensors make"):
         source.made(entry.model_copy(update={"nbytes": entry.nbytes + 4}))
+    with pytest.raises(BundleError, match="is fp6, which this version can't make: upgrade canvasrt"):
+        source.made(entry.model_copy(update={"dtype": "fp6"}))
     with pytest.raises(BundleError, match="it is filled from the checkpoint"):
         WeightSource(bundle, None).made(entry)
 

@@ -16,8 +16,9 @@ from canvasrt.compile.source import ModelSource
 from canvasrt.ops.tensorrt_graph import Graph
 from canvasrt.ops.tensorrt_weights import EngineWeights
 from layouts import LAYOUTS, export
+from rtx_only import ALLOWED_RTX_ONLY
 from tiny import Dims, write
-from trt_surface import ALLOWED_RTX_ONLY, RECORDED_ENUMS, Surface, record, recorded_faults, static_faults
+from trt_surface import RECORDED_ENUMS, Surface, record, recorded_faults, static_faults
 
 DIMS = Dims(layers="sf", hidden=64, mlp=96, expert_size=64, vocab=625, full_head_dim=288)
 

@@ -12,7 +12,8 @@ import pytest
 import tensorrt_rtx
 
 import canvasrt
-from trt_surface import ALLOWED_RTX_ONLY, SURFACE, Surface, Use, record, recorded_faults, static_faults
+from rtx_only import ALLOWED_RTX_ONLY
+from trt_surface import SURFACE, Surface, Use, record, recorded_faults, static_faults
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(canvasrt.__file__).parent

@@ -27,17 +27,6 @@ RECORDED_ENUMS = [
     for name in ("ElementWiseOperation", "UnaryOperation", "ActivationType", "ReduceOperation", "ComputeCapability")
 ]
 
-# What TensorRT-RTX has and 11.4 has not: a class, or Class.attribute. Every use must be guarded, see `_guarded`.
-ALLOWED_RTX_ONLY = {
-    "ComputeCapability": "names the GPUs that are built for; datacenter TensorRT builds for the GPU it runs on",
-    "IBuilderConfig.num_compute_capabilities": "the same",
-    "IBuilderConfig.set_compute_capability": "the same",
-    "EngineInvalidityDiagnostics": "plans that are compiled elsewhere than they run",
-    "EngineValidity": "plans that are compiled elsewhere than they run",
-    "CudaGraphStrategy": "kernels that are compiled while a call waits",
-    "DynamicShapesKernelSpecializationStrategy": "the same",
-}
-
 # Values that are handed out as they are: Python reads them through protocols that a wrapper cannot offer.
 UNWRAPPED = ("Dims", "IHostMemory", "Permutation")
 

@@ -42,7 +42,7 @@ class RandomWeights(TorchWeights):
     """Reads no files. Sizes are those of a trained model at its start: no number grows from layer to layer."""
 
     def _load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        shape = self._checkpoint.shapes[name]  # type: ignore[attr-defined]  # MadeUp
+        shape = self._checkpoint.shapes[name]
         numbers = torch.randn(shape, device=self.device, dtype=dtype)
         if name == EMBEDDING:
             return numbers.mul_(PEAKED * shape[-1] ** -0.5)
@@ -101,13 +101,13 @@ def _opened(options: Options, spec: ModelSpec, name: str) -> RandomRunner:
     torch.manual_seed(0)
     context = max(options.context, options.prefill + 1) + spec.canvas_length
     return RandomRunner(
-        MadeUp(spec),  # type: ignore[arg-type]
+        MadeUp(spec),
         options.device,
         DTYPE,
         slots=max(options.canvases),
         context=context,
         chunk=options.chunk,
-        moe=MoeChoice(name, seats_of(options, spec, name, options.chunk)),  # type: ignore[arg-type]
+        moe=MoeChoice(name, seats_of(options, spec, name, options.chunk)),
     )
 
 
@@ -134,7 +134,7 @@ def _step(
     rows: list[DenoiseRow], seats: int,
 ) -> float:  # fmt: skip
     """Passes of the network by step."""
-    runner._moe = MoeChoice(name, seats)  # type: ignore[arg-type]
+    runner._moe = MoeChoice(name, seats)
     for _ in range(options.warmup):  # the first ones bring prompts along
         runner.denoise(rows)
     with _networks() as count:
@@ -178,11 +178,11 @@ def _head(options: Options, record: Record, spec: ModelSpec, runner: RandomRunne
         temperature, uniforms = torch.full((rows, 1), 0.6, device=device), torch.rand(rows, 1, device=device)
         canvas = Canvas(hidden.view(1, rows, -1), temperature, uniforms, None, None)
         tokens = torch.randint(0, spec.vocab_size, (1, rows), device=device)
-        inputs = TextInputs(tokens, {}, None, canvas)  # type: ignore[arg-type]
+        inputs = TextInputs(tokens, {}, None, canvas)
         parts: dict[str, Callable[[], object]] = {
-            "head, sampler and soft embedding": lambda: predict(ops, spec, hidden, temperature, uniforms, None),  # noqa: B023
-            "LM head alone": lambda: ops.linear(hidden, EMBEDDING),  # noqa: B023
-            "embedding and self-conditioning": lambda: _embed(ops, spec, inputs, "decoder"),  # noqa: B023
+            "head, sampler and soft embedding": lambda: predict(ops, spec, hidden, temperature, uniforms, None),  # noqa: B023  # called in this turn
+            "LM head alone": lambda: ops.linear(hidden, EMBEDDING),  # noqa: B023  # called in this turn
+            "embedding and self-conditioning": lambda: _embed(ops, spec, inputs, "decoder"),  # noqa: B023  # called in this turn
         }
         for part, call in parts.items():
             try:
@@ -204,7 +204,7 @@ def _networks() -> Iterator[Callable[[], int]]:
 
     def counted(*arguments: object) -> object:
         calls[0] += 1
-        return network(*arguments)  # type: ignore[arg-type]
+        return network(*arguments)
 
     with patch.object(torch_runner, "text_network", counted):
         yield lambda: calls[0]

@@ -5,22 +5,22 @@ Logits and soft embeddings stay on the GPU, but for one canvas of logits where s
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from canvasrt.bundle.manifest import Manifest
 from canvasrt.runtime.cuda_device import CudaDevice, Pinned
-from canvasrt.runtime.engine_call import Arrays, Call, CallBuilder, Sizes
+from canvasrt.runtime.engine_call import Call, CallBuilder, Sizes
 from canvasrt.runtime.engine_memory import SOFT, element_bytes, text_engine
 from canvasrt.runtime.staging import Staging, aligned_bytes
 
-_RESULTS: dict[str, type[np.int32] | type[np.float32]] = {
-    "argmax": np.int32,
-    "sampled": np.int32,
-    "entropy": np.float32,
-}
+_RESULTS = ("argmax", "sampled", "entropy")
 _BUSIEST, _LOGITS, _SOFT_NEXT = "busiest", "logits", "soft.next"
+Number = TypeVar("Number", np.int32, np.float32)
+Ints = NDArray[np.int32]
+
 _WORD = 4  # bytes of every number that is not the model's
 
 
@@ -111,10 +111,11 @@ class EngineIO:
             return 0
         return int(self._read(self._places(sizes)[_BUSIEST], 1, np.float32)[0])
 
-    def results(self, sizes: Sizes) -> Arrays:
-        """Of the call that was waited for last: (head,) each."""
-        places = self._places(sizes)
-        return {name: self._read(places[name], sizes.head, kind) for name, kind in _RESULTS.items()}
+    def results(self, sizes: Sizes) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        """argmax, sampled token and entropy, (head,) each, of the call that was waited for last."""
+        places, head = self._places(sizes), sizes.head
+        argmax, sampled = (self._read(places[name], head, np.int32) for name in ("argmax", "sampled"))
+        return argmax, sampled, self._read(places["entropy"], head, np.float32)
 
     def logits(self, sizes: Sizes) -> NDArray[np.float32] | None:
         """(canvas, vocabulary) of the only canvas that wanted them."""
@@ -137,7 +138,7 @@ class EngineIO:
         each = aligned_bytes(_WORD * sizes.head)
         return {name: index * each for index, name in enumerate([*_RESULTS, _BUSIEST])}
 
-    def _read(self, start: int, count: int, kind: type[np.int32] | type[np.float32]) -> NDArray[np.generic]:
+    def _read(self, start: int, count: int, kind: type[Number]) -> NDArray[Number]:
         return self._back.array[start : start + _WORD * count].view(kind).copy()  # the next call overwrites it
 
     def _logits_memory(self) -> tuple[int, Pinned]:

@@ -6,7 +6,7 @@ GPU; what has to be put together first takes memory of this machine, a batch at 
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from canvasrt.bundle.manifest import WeightEntry
 from canvasrt.bundle.reader import EngineBundle
 from canvasrt.checkpoint import Checkpoint
-from canvasrt.engine_weights import EngineWeight, Part, aligned, made
+from canvasrt.engine_weights import EngineType, EngineWeight, Part, aligned, made
 from canvasrt.errors import BundleError
 from canvasrt.runtime.cuda_device import CudaDevice
 from canvasrt.runtime.tensorrt_engine import TensorRTEngine
@@ -49,9 +49,15 @@ class WeightSource:
             return np.frombuffer(self._bundle.map(entry.file), np.uint8)
         if self._checkpoint is None:
             raise BundleError(f"bundle {self._bundle.path} holds no {entry.name}: it is filled from the checkpoint")
+        dtype = next((each for each in get_args(EngineType) if each == entry.dtype), None)
+        if dtype is None:
+            raise BundleError(
+                f"bundle {self._bundle.path}: {entry.name} is {entry.dtype}, which this version can't make: upgrade "
+                "canvasrt"
+            )
         weight = EngineWeight(
             name=entry.name,
-            dtype=entry.dtype,  # type: ignore[arg-type]  # an unknown one makes the size below wrong
+            dtype=dtype,
             shape=entry.shape,
             parts=tuple(Part(part.tensor, part.count) for part in entry.parts),
             columns=entry.columns,

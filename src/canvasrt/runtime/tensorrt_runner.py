@@ -8,6 +8,7 @@ waits for results: three numbers per canvas token.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from canvasrt.bundle.manifest import Manifest
 from canvasrt.errors import CapacityError, DeviceError, InputError
 from canvasrt.runtime.cuda_device import CudaDevice, OutOfMemoryError
-from canvasrt.runtime.engine_call import KEY_STEP, TOKEN_STEP, Arrays, Call, CallBuilder, CallRow, Sizes
+from canvasrt.runtime.engine_call import KEY_STEP, TOKEN_STEP, Call, CallBuilder, CallRow, Sizes
 from canvasrt.runtime.engine_contexts import EngineContexts
 from canvasrt.runtime.engine_io import EngineIO
 from canvasrt.runtime.engine_memory import SOFT, slot_buffers
@@ -184,7 +185,7 @@ class TensorRTRunner:
             # Padded with its own tokens: equal ones would crowd the same experts.
             row = CallRow(slot, held, self._slots.start(slot), np.resize(piece, padded), None)
             seats = self._seats("encoder", padded)
-            self._run(lambda seats, row=row: self._builder.prompt(row, seats), seats, self._placement.place(slot))  # type: ignore[misc]
+            self._run(partial(self._builder.prompt, row), seats, self._placement.place(slot))
             self._slots.commit(slot, len(piece))
 
     def _decode(
@@ -201,7 +202,7 @@ class TensorRTRunner:
         ordered = sorted(by_slot, key=self._placement.place)
         call_rows = [self._call_row(slot, by_slot[slot]) for slot in ordered]
         seats = self._seats("decoder", len(ordered) * canvas)
-        call = self._run(lambda seats: self._builder.canvases(call_rows, seats), seats, first, meanwhile)
+        call = self._run(partial(self._builder.canvases, call_rows), seats, first, meanwhile)
         for slot in joining:
             self._slots.commit(slot, len(self._pending.pop(slot)))
         return self._results(call, first)
@@ -276,16 +277,14 @@ class TensorRTRunner:
         else:
             for turn, index in enumerate(call.order):
                 self._io.keep_soft(self._memory.address(SOFT, first + index), turn, 1)
-        found: Arrays = self._io.results(call.sizes)
+        argmax, sampled, entropy = self._io.results(call.sizes)
         logits = self._io.logits(call.sizes)
         results = {}
         for turn, index in enumerate(call.order):
             row = rows[index].canvas
             part = slice(turn * canvas, (turn + 1) * canvas)
-            results[rows[index].slot] = DenoiseResult(
-                found["argmax"][part], found["sampled"][part], found["entropy"][part],  # type: ignore[arg-type]
-                logits if row is not None and row.want_logits else None,
-            )  # fmt: skip
+            kept = logits if row is not None and row.want_logits else None
+            results[rows[index].slot] = DenoiseResult(argmax[part], sampled[part], entropy[part], kept)
         return results
 
     @contextmanager
