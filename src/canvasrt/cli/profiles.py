@@ -11,7 +11,7 @@ import typer
 
 from canvasrt.cli.common import Json
 from canvasrt.errors import InputError
-from canvasrt.profiles import detect
+from canvasrt.profiles import detect, helm_values
 from canvasrt.profiles.profile import Choice, Fact, GpuProfile, Moe, Throughput, load_profile, profile_names
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ _LABELS = {
     "canvases": ("canvases", " per call"),
 }
 
+Format = Annotated[str, typer.Option("--format", help="table, or helm: values for the chart.")]
+
 app = typer.Typer(help="GPU profiles: facts with their source, choices with their reason.", rich_markup_mode=None)
 
 
@@ -53,16 +55,26 @@ def profiles(
             help="Folder of a checkpoint, or of a config.json alone (then each profile's recipe): say where it fits."
         ),
     ] = None,
+    form: Format = "table",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files of --format helm; without it they are printed.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the GPU profiles; show NAME prints one with sources and reasons, detect says which one this machine is."""
     if context.invoked_subcommand is not None:
-        if checkpoint is not None or as_json:
+        if checkpoint is not None or as_json or form != "table" or out is not None:
             raise InputError(
                 f"put options behind the command: canvasrt profiles {context.invoked_subcommand} ... --json; "
-                "--checkpoint is for the list"
+                "--checkpoint, --format and --out are for the list"
             )
         return
+    _check_format(form)
+    if form == "helm":
+        _write_helm(out, checkpoint, as_json)
+        return
+    if out is not None:
+        raise InputError("--out is for --format helm: the table is printed")
     every = [load_profile(name) for name in profile_names()]
     fits = None if checkpoint is None else _fits(checkpoint, every)
     if as_json:
@@ -78,13 +90,33 @@ def profiles(
             typer.echo(f"{name}: {fit.advice}", err=True)
 
 
+def _check_format(form: str) -> None:
+    if form not in ("table", "helm"):
+        raise InputError(f"--format {form} is unknown: table or helm")
+
+
+def _write_helm(out: Path | None, checkpoint: Path | None, as_json: bool) -> None:
+    if checkpoint is not None or as_json:
+        raise InputError("--format helm writes YAML for every profile: leave out --checkpoint and --json")
+    if out is None:
+        typer.echo("---\n".join(helm_values.helm_files().values()), nl=False)
+        return
+    for file in helm_values.write_helm_files(out):
+        typer.echo(f"wrote {file}", err=True)
+
+
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A profile of the list, or a YAML file of your own.")],
+    form: Format = "table",
     as_json: Json = False,
 ) -> None:
-    """Print one profile: every fact with its source, every choice with its reason."""
+    """Print one profile: every fact with its source, every choice with its reason; or as values for the chart."""
     profile = load_profile(name)
+    _check_format(form)
+    if form == "helm":
+        typer.echo(helm_values.helm_file(profile), nl=False)
+        return
     if as_json:
         typer.echo(json.dumps(_as_json(profile, None)))
         return
