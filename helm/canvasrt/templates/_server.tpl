@@ -6,7 +6,7 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 args:
   - serve
   - {{ ternary .Values.model.path "/etc/canvasrt/pipeline.yaml" (eq .Values.pipeline.mode "none") | quote }}
-  - --host={{ $server.host }}
+  - "--host={{ $server.host }}"
   - --drain-seconds={{ $server.drainSeconds }}
   - --load-seconds={{ $server.loadSeconds }}
   - --canary-seconds={{ $server.canarySeconds }}
@@ -16,7 +16,7 @@ args:
   {{- end }}
   - --set=log_level={{ $server.logLevel }}
   {{- if and (eq .Values.pipeline.mode "none") (include "canvasrt.onGpu" .) }}
-  - --set=kernels=/tmp/{{ base .Values.model.path }}.kernels # beside the model nothing can be written
+  - "--set=kernels=/tmp/{{ base .Values.model.path }}.kernels" # beside the model nothing can be written
   {{- end }}
   {{- range $key, $value := $server.settings }}
   - {{ printf "--set=%s=%v" $key $value | quote }}
