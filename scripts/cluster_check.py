@@ -161,7 +161,8 @@ class Check:
         sets = (
             "metrics.serviceMonitor.enabled=true", "metrics.prometheusRule.enabled=true",
             "metrics.dashboard.enabled=true", "networkPolicy.enabled=true", "httpRoute.enabled=true",
-            "httpRoute.parentRefs[0].name=public", "httpRoute.hostnames={a.example.org}", "grpcRoute.hostnames={b.example.org}",
+            "httpRoute.parentRefs[0].name=public", "httpRoute.hostnames={a.example.org}",
+            "grpcRoute.hostnames={b.example.org}",
             "grpcRoute.enabled=true", "grpcRoute.parentRefs[0].name=public", "inferencePool.enabled=true",
             "inferencePool.endpointPicker.name=picker", "autoscaling.enabled=true", "autoscaling.type=keda",
             "autoscaling.prometheus.serverAddress=http://prometheus:9090", "ingress.enabled=true",
