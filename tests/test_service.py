@@ -12,6 +12,7 @@ from canvasrt.diffusion.request import RequestState
 from canvasrt.runtime.fake import FakeRunner
 from canvasrt.runtime.generate import run_requests
 from canvasrt.serve.intake import read_request
+from canvasrt.serve.metrics import Metrics
 from canvasrt.serve.responses import as_arrays, ping_response
 from service import Asked, Gate, desk, fake, served, tensors
 
@@ -271,6 +272,22 @@ def test_the_next_turn_of_a_conversation_finds_its_prefix() -> None:
         made.ask(Asked(input_ids=prompt, seed=1)).wait()
         alone = made.ask(Asked(input_ids=[*prompt, 7, 8], seed=2)).wait()
         assert (alone.said[-1].cached_tokens, alone.text) == (0, second.text)
+
+
+def test_a_model_that_is_loaded_again_goes_on_counting_and_forgets_lost_requests() -> None:
+    """Triton keeps the time series of a model that died."""
+    runner = Gate(canvas=48, vocabulary=112, context=512, slots=2)
+    with desk(runner) as made:
+        lost = [made.ask(Asked(**LONG)) for _ in range(3)]
+        runner.steps.release(3)
+        assert made.settles("requests_running", 2)
+        assert made.value("requests_total", "server error") == 0
+        assert ("canvasrt_requests_total", "busy") in made.metrics  # a rate can be taken of the very first one
+        Metrics(made._metric, 2, 512)
+        assert made.value("requests_running") == made.value("requests_waiting") == made.value("kv_used_tokens") == 0
+        assert made.value("model_loads_total") == 2
+        for each in lost:
+            each.gone.set()
 
 
 def test_the_figures_say_what_happened() -> None:

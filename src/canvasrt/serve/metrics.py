@@ -7,12 +7,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from canvasrt import wire
 from canvasrt.scheduler.loop import Turn
 from canvasrt.scheduler.types import Load
 
 Kind = Literal["counter", "gauge", "histogram"]
+# How a request may end.
+OUTCOMES = ("stop", "length", *get_args(wire.ErrorKind))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_SECONDS = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0)
 _STEPS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 20.0, 24.0, 32.0, 48.0)
@@ -30,6 +33,7 @@ class Family:
 
 FAMILIES = (
     Family("canvasrt_requests_total", "counter", "Requests that ended, by how.", ("outcome",)),
+    Family("canvasrt_model_loads_total", "counter", "Times that the model was loaded since the server started."),
     Family("canvasrt_requests_waiting", "gauge", "Requests that wait for a slot."),
     Family("canvasrt_requests_running", "gauge", "Requests that hold a slot."),
     Family("canvasrt_slots", "gauge", "Slots of K/V memory."),
@@ -85,6 +89,11 @@ class Metrics:
         for family in FAMILIES:
             if not family.labels:
                 self._of(family.name)  # so that a server without requests shows zeros, not nothing
+        for outcome in OUTCOMES:
+            self._of("canvasrt_requests_total", outcome)  # rate() can't see the first of a series that wasn't there
+        # Triton keeps the series of a model that is loaded again: its gauges would go on telling of lost requests.
+        self.load(Load(0, 0, 0, 0, 0))
+        self._add("model_loads_total", 1)
         self._set("slots", slots)
         self._set("kv_capacity_tokens", slots * context)
         self.flush()
