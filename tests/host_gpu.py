@@ -49,6 +49,7 @@ class HostDriver:
     ) -> None:
         self.total, self.name, self.version, self.gpus = memory, name, version, gpus
         self.capability = capability
+        self.integrated = False  # whether it shares its memory with the CPU
         self.faults: dict[str, real.CUresult] = {}
         self.faults_at: dict[str, tuple[int, real.CUresult]] = {}  # from that many calls on
         self.calls: Counter[str] = Counter()
@@ -136,6 +137,8 @@ class HostDriver:
         return OK, self.name.encode()[: length - 1].ljust(length, b"\0")
 
     def cuDeviceGetAttribute(self, attrib: Any, dev: Any) -> Any:
+        if attrib == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED:
+            return OK, int(self.integrated)
         return OK, self.capability[attrib == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR]
 
     def cuDevicePrimaryCtxRetain(self, dev: Any) -> Any:

@@ -94,7 +94,10 @@ def test_a_datacenter_node_with_an_old_driver_a_busy_gpu_and_slices() -> None:
     assert (status(report, "GPU 0 mode"), check(report, "GPU 0 mode").fix) == ("fault", "sudo nvidia-smi -i 0 -c 0")
     assert "python (PID 99, 62.7 GB)" in check(report, "GPU 0 memory").finding
     assert "slices 1g.10gb, 3g.40gb" in check(report, "GPU 1 MIG").finding
-    assert (status(report, "tensorrt"), check(report, "tensorrt").fix) == ("fault", "pip install 'canvasrt[tensorrt]'")
+    assert (status(report, "tensorrt_cu13"), check(report, "tensorrt_cu13").fix) == (
+        "fault",
+        "pip install 'canvasrt[tensorrt]'",
+    )
     busy, sliced = report.fits
     assert (busy.fits, busy.instead, busy.memory_bytes) == (False, "", 22_600_000_000)
     assert check(report, "GPU 0", FITS).status == "fault"
@@ -239,7 +242,7 @@ def test_a_missing_compiler_is_a_fault_only_where_nothing_else_runs_engines() ->
     machine.answers[containers.INFO] = kinds.MISSING
     assert status(looked(machine), "tensorrt_rtx_cu13") == "fault"
     elsewhere = looked(kinds.host(62, 900), profile="h100")
-    assert status(elsewhere, "tensorrt") == "skipped"
+    assert status(elsewhere, "tensorrt_cu13") == "skipped"
     assert all(line.endswith("# on the machine with the GPU") for line in elsewhere.next[-2:])
 
 

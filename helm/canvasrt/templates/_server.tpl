@@ -126,5 +126,17 @@ securityContext:
   {{- include "canvasrt.containerSecurityContext" . | nindent 2 }}
 terminationMessagePolicy: FallbackToLogsOnError
 volumeMounts:
-  {{- include "canvasrt.modelMounts" . | nindent 2 }}
+  - name: pipeline
+    mountPath: /etc/canvasrt
+    readOnly: true
+  - name: models
+    mountPath: /models
+    readOnly: true
+  - name: shm
+    mountPath: /dev/shm
+  - name: tmp
+    mountPath: /tmp
+  {{- with .Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from canvasrt.pipeline.prepare import served
 from canvasrt.serve.model import check_model
 from canvasrt.serve.model_repository import write_repository
 from canvasrt.serve.settings import ServeSettings
@@ -24,7 +25,9 @@ MetricsPort = Annotated[int, typer.Option(min=1, max=65535, help="Port for Prome
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint or an engine bundle.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint or an engine bundle, or a pipeline file.")
+    ],
     host: Annotated[
         str,
         typer.Option(
@@ -61,6 +64,8 @@ def serve(
 
     Says READY on standard error when requests are answered. A model that no longer answers is loaded again.
     """
+    if model.suffix in (".yaml", ".yml"):
+        model, settings = served(model, settings or [])
     wanted = ServeSettings.parse(model.absolute(), [f"drain_seconds={drain_seconds:g}", *(settings or [])])
     check_model(wanted)
     addresses = Addresses(host, http_port, grpc_port, metrics_port)

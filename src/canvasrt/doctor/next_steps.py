@@ -13,7 +13,7 @@ from canvasrt.doctor.nodes import GpuNode
 from canvasrt.profiles.profile import GpuProfile
 
 PORTS = {"http-port": 8000, "grpc-port": 8001, "metrics-port": 8002}  # as `canvasrt serve` takes them
-_EXTRAS = {"tensorrt-rtx": ("rtx", "tensorrt_rtx_cu13"), "tensorrt": ("tensorrt", "tensorrt")}
+_EXTRAS = {"tensorrt-rtx": ("rtx", "tensorrt_rtx_cu13"), "tensorrt": ("tensorrt", "tensorrt_cu13")}
 
 
 @dataclass(frozen=True, slots=True)

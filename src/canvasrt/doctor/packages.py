@@ -8,7 +8,7 @@ from canvasrt.profiles.profile import GpuProfile
 LEAST_BINDINGS = (13, 0)
 _COMPILERS = {  # extra, package
     "tensorrt-rtx": ("rtx", "tensorrt_rtx_cu13"),
-    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt": ("tensorrt", "tensorrt_cu13"),
 }
 _OPTIONAL = {  # package: extra, what it is for
     "torch": ("torch", "running checkpoints without an engine"),

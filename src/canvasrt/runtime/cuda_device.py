@@ -5,10 +5,12 @@ order. Knows nothing of engines.
 """
 
 import ctypes
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +45,9 @@ class CudaDevice:
     OutOfMemoryError where memory is asked for, and InputError in the constructor where there is no usable GPU.
     """
 
-    def __init__(self, driver: Any, ordinal: int = 0) -> None:
+    def __init__(self, driver: Any, ordinal: int = 0, meminfo: Path = Path("/proc/meminfo")) -> None:
         self._cuda = driver
+        self._meminfo = meminfo
         self._current = threading.local()
         try:
             self._call("cuInit", 0)
@@ -68,6 +71,9 @@ class CudaDevice:
         major = self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = f"{major}.{minor}"
+        self._shares_memory = bool(
+            self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_INTEGRATED, device)
+        )
         # The primary context, which TensorRT takes too.
         self._context = self._call("cuDevicePrimaryCtxRetain", device)
         self.use()
@@ -84,9 +90,16 @@ class CudaDevice:
             self._current.set = True
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free now, for all processes, and bytes that the GPU has."""
-        free, total = self._call("cuMemGetInfo")
-        return int(free), int(total)
+        """Bytes that are free now, for all processes, and bytes that the GPU has.
+
+        Of memory that is shared with the CPU (DGX Spark), what Linux would free counts too, as NVIDIA advises: CUDA
+        takes cached files for used memory, and after a build they fill it.
+        """
+        free, total = map(int, self._call("cuMemGetInfo"))
+        if self._shares_memory:
+            found = re.search(r"^MemAvailable: +([0-9]+) kB$", _text(self._meminfo), re.MULTILINE)
+            free = min(max(free, int(found[1]) * 1024 if found else 0), total)
+        return free, total
 
     def allocate(self, nbytes: int) -> int:
         """The address of new memory of the GPU, aligned to 256 bytes, its content undefined. Waits for the GPU."""
@@ -214,6 +227,13 @@ def open_device(ordinal: int = 0) -> CudaDevice:
             "'canvasrt[tensorrt]' for datacenter GPUs"
         ) from None
     return CudaDevice(driver, ordinal)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def _version(number: int) -> str:
