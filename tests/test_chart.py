@@ -91,7 +91,7 @@ def test_the_pipeline_gets_what_values_say() -> None:
         "model.source": "s3://models/dg", "model.quantize.recipe": "fp8", "model.quantize.device": "cuda",
         "model.weights": "stripped", "model.context": 4096, "model.slots": 2, "model.canvases": 1, "model.chunk": 256,
         "model.s3": {"endpoint": "http://minio:9000", "region": "eu", "existingSecret": "s3"},
-        "pipeline.verify": "sizes", "model.token.existingSecret": "hf",
+        "pipeline.verify": "sizes", "pipeline.keepBundles": 2, "model.token.existingSecret": "hf",
     }  # fmt: skip
     objects = render("h100", values)
     pipeline = pipeline_of(objects)
@@ -99,7 +99,7 @@ def test_the_pipeline_gets_what_values_say() -> None:
     assert name.startswith("h100-")
     assert pipeline == {
         "volume": "/models", "profile": "h100", "checkpoint": {"source": "s3://models/dg"},
-        "quantize": {"recipe": "fp8", "device": "cuda"}, "kernels": "/models/kernels", "verify": "sizes",
+        "quantize": {"recipe": "fp8", "device": "cuda"}, "kernels": "/models/kernels", "verify": "sizes", "keep": 2,
         "bundle": {"weights": "stripped", "context": 4096, "slots": 2, "canvases": 1, "chunk": 256},
         "s3": {"endpoint": "http://minio:9000", "region": "eu"},
     }  # fmt: skip

@@ -44,6 +44,9 @@ oci:
   insecure: true
 {{- end }}
 verify: {{ .Values.pipeline.verify }}
+{{- with .Values.pipeline.keepBundles }}
+keep: {{ int . }}
+{{- end }}
 {{- end -}}
 
 {{- /* Another name for whatever gives another bundle: an upgrade builds beside the one that serves, a rollback finds it. */ -}}

@@ -16,6 +16,7 @@ from canvasrt.pipeline.fetch import Fetch
 from canvasrt.pipeline.lock import Lock, Waiting
 from canvasrt.pipeline.making import Build, Quantize
 from canvasrt.pipeline.product import Product, layout, resolve
+from canvasrt.pipeline.prune import note_use, prune
 from canvasrt.pipeline.settings import Pipeline, load_pipeline, parse_source
 from canvasrt.pipeline.steps import InPlace, State, Step, Tools
 
@@ -63,6 +64,7 @@ class Preparation:
         for step in stages(self.pipeline):
             self._ensure(step)
         product = self._finished()
+        note_use(product.model)
         if product.kernels is not None:
             with t.disk_errors(product.kernels):  # now: a server may be let write into it and not make it
                 product.kernels.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,8 @@ class Preparation:
                 raise InputError(f"{step.folder} {state.why}")
             if state.kind != "missing":
                 self.tools.say(f"{step.folder} {state.why}. Making it again")
+            if self.pipeline.keep is not None and step.folder == layout(self.pipeline).bundle:
+                prune(step.folder, self.pipeline.keep, self.waiting)  # before: a full disk is why it is there
             if step.needs is not None:
                 self._ensure(step.needs)
             step.make(self.tools, lock, state)

@@ -141,6 +141,7 @@ class Pipeline(Settings):
     s3: S3Part = S3Part()
     oci: OciPart = OciPart()
     verify: Verify = "full"
+    keep: Annotated[int, Field(ge=1, le=1000)] | None = None  # bundles on the volume, the wanted one included
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Pipeline":
