@@ -27,6 +27,7 @@ from tiny import Dims, write
 TINY = Dims(layers="f", mlp=48, expert_size=32)  # the smallest that every format divides into
 CAPABILITIES = {"rtx-4090": "8.9", "l40s": "8.9", "rtx-5090": "12.0", "rtx-pro-6000": "12.0", "dgx-spark": "12.1"}
 WIDE = "wide-"  # and a number of layers: with the 26B's widths, from a config.json
+FIRST = "first-"
 
 
 def canvasrt(
@@ -82,9 +83,9 @@ class Builds:
 
     def checkpoint(self, name: str) -> Path:
         """demo, one of layouts.LAYOUTS (the demo in it), own-int4 (by canvasrt quantize), tiny, tiny-LAYOUT, wide-N, or
-        published (the 26B's config.json)."""
-        if name in ("demo", "published"):
-            return DEMO if name == "demo" else PUBLISHED
+        first-N (the 26B's config.json, for its first layers)."""
+        if name == "demo":
+            return DEMO
         return self._once(f"checkpoint-{name}", lambda folder: self._make(name, folder))
 
     def export(self, name: str) -> Export:
@@ -118,6 +119,8 @@ class Builds:
             assert done.returncode == 0, done.stderr
         elif name.startswith(WIDE):
             (folder / "config.json").write_text(json.dumps(widths_of_the_26b(int(name.removeprefix(WIDE)))))
+        elif name.startswith(FIRST):
+            (folder / "config.json").write_text(json.dumps(first_layers_of_the_26b(int(name.removeprefix(FIRST)))))
         else:
             self.export(name).write(folder)
 
@@ -145,6 +148,13 @@ def widths_of_the_26b(layers: int) -> dict[str, Any]:
     text = config["text_config"]
     text["layer_types"] = ["sliding_attention"] * (layers - 1) + ["full_attention"]
     text["num_hidden_layers"], text["vocab_size"], config["image_token_id"] = layers, 1024, 1000
+    return config
+
+
+def first_layers_of_the_26b(layers: int) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((PUBLISHED / "config.json").read_text())
+    text = config["text_config"]
+    text["layer_types"], text["num_hidden_layers"] = text["layer_types"][:layers], layers
     return config
 
 

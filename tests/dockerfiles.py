@@ -255,7 +255,13 @@ class Builder:
     def _fresh(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         python = getattr(sys, "_base_executable", sys.executable)
-        subprocess.run([python, "-m", "venv", str(self.root / "usr" / "local")], check=True)
+        place = self.root / "usr" / "local"
+        subprocess.run([python, "-m", "venv", "--without-pip", str(place)], check=True)
+        # pip as it lies beside this machine's Python: venv would take seconds to install its own.
+        inside = Path("lib") / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        shutil.copytree(Path(sys.prefix) / inside / "pip", place / inside / "pip")
+        (place / "bin" / "pip").write_text(f'#!/bin/sh\nexec {place}/bin/python -m pip "$@"\n')
+        (place / "bin" / "pip").chmod(0o755)
         (self.root / "tmp").mkdir()
 
 
