@@ -8,9 +8,9 @@ from canvasrt.pipeline.settings import Pipeline
 from canvasrt.profiles.profile import load_profile, profile_names
 from canvasrt.serve.settings import ServeSettings
 from canvasrt.wire import MODEL
-from helm import CHART, Object, containers, faults, gpus, one, render, run, server_pod
+from helm import CHART, Object, containers, faults, gpus, one, pods, render, run, server_pod
+from test_docs import UsageError, parse
 
-GPUS = [name for name in profile_names() if load_profile(name).choices.compiler.value != "torch"]
 FLAVORS = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt", "torch": "cpu"}
 
 
@@ -111,6 +111,17 @@ def test_the_pipeline_gets_what_values_say() -> None:
         "HF_TOKEN": "hf", "AWS_ACCESS_KEY_ID": "s3", "AWS_SECRET_ACCESS_KEY": "s3", "AWS_SESSION_TOKEN": "s3"
     }  # fmt: skip
     assert "env" not in server
+
+
+def test_every_container_runs_a_command_that_there_is() -> None:
+    values = {"pipeline.mode": "job", "server.verbose": True, "server.settings": {"slots": 4}}
+    for objects in (render("h100"), render("rtx-5090", values)):
+        for _, pod in pods(objects):
+            for container in containers(pod):
+                if "command" not in container:  # the image's entrypoint is canvasrt
+                    parse(container["args"])
+    with pytest.raises(UsageError):
+        parse(["serve", "/models", "--hots=0.0.0.0"])
 
 
 def test_another_bundle_has_another_name_and_the_same_keeps_it() -> None:

@@ -21,6 +21,7 @@ import pytest
 from canvasrt import __version__
 from canvasrt.wire import MODEL
 from dockerfiles import Builder, Dockerfile, Image, NotUnderstoodError, is_ignored, listing, read
+from helm import one, render
 from planning import DEMO, ROOT
 from triton_servers import free_ports, session_of, wait_until
 
@@ -214,6 +215,17 @@ def started(words: list[str], image: Image) -> Iterator[tuple["subprocess.Popen[
         process.stderr.close()
 
 
+def run_helm_test(image: Image, address: str, expect: str) -> "subprocess.CompletedProcess[str]":
+    """What the Pod of ``helm test`` runs, in the image and with the environment that the chart gives it."""
+    values = {"tests.prompt": PUZZLE, "tests.expect": expect, "tests.maxTokens": 48}
+    (container,) = one(render("cpu", values), "Pod")["spec"]["containers"]
+    given = {each["name"]: each["value"] for each in container["env"]} | {"ADDRESS": address}
+    return subprocess.run(
+        [*container["command"], *container["args"]],
+        env={**image.environment, **given}, cwd=image.folder, timeout=120, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def test_the_cpu_server_answers_over_http_and_grpc_and_drains(root: Path) -> None:
     image = build(read(SERVER), "server", root, "cpu", {})
     pipeline = root / "etc" / "canvasrt" / "pipeline.yaml"
@@ -236,6 +248,9 @@ def test_the_cpu_server_answers_over_http_and_grpc_and_drains(root: Path) -> Non
         answered = run(image, *command(image, "generate", "--url", f"127.0.0.1:{grpc}", "--prompt", PUZZLE))
         assert answered.returncode == 0, answered.stderr
         assert len(answered.stdout.strip()) >= 36, answered.stdout
+        for expect, code in ((r"^[1-6]{3}\|[1-6]{3}", 0), ("Paris", 1)):
+            tested = run_helm_test(image, f"127.0.0.1:{grpc}", expect)
+            assert tested.returncode == code, tested.stdout + tested.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(45) == 0, "".join(log)
     wait_until(lambda: not session_of(leader), 10, lambda: f"left over: {session_of(leader)}")
