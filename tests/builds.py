@@ -82,10 +82,10 @@ class Builds:
         self._exports: dict[str, Export] = {}
 
     def checkpoint(self, name: str) -> Path:
-        """demo, one of layouts.LAYOUTS (the demo in it), own-int4 (by canvasrt quantize), tiny, tiny-LAYOUT, wide-N, or
-        first-N (the 26B's config.json, for its first layers)."""
-        if name == "demo":
-            return DEMO
+        """demo, one of layouts.LAYOUTS (the demo in it), own-int4 (by canvasrt quantize), tiny, tiny-LAYOUT, wide-N,
+        published (the 26B's config.json), or first-N (the same, for its first layers)."""
+        if name in ("demo", "published"):
+            return DEMO if name == "demo" else PUBLISHED
         return self._once(f"checkpoint-{name}", lambda folder: self._make(name, folder))
 
     def export(self, name: str) -> Export:
