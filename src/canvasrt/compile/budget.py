@@ -191,7 +191,8 @@ def _reduced(on: Deployment, asked: Setting, names: tuple[str, ...]) -> Iterator
         found = _raised(on, rest, first, _range(on, rest, first)[0], asked)
         if found is None:
             continue
-        for name in others:
+        # Canvases once more, and last: they are bounded by slots too, which may have grown since.
+        for name in (*others, *(name for name in names if name == "canvases")):
             found = _raised(on, found, name, getattr(found, name), asked) or found
         yield found
 
