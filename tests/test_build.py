@@ -244,7 +244,7 @@ def own_entries(manifest: Manifest) -> list[EngineWeight]:
     found = []
     for each in (*engine.weight_map, *engine.given):
         parts = tuple(Part(part.tensor, part.count) for part in each.parts)
-        found.append(EngineWeight(each.name, each.dtype, each.shape, parts, each.columns))  # type: ignore[arg-type]  # a manifest's dtype is text
+        found.append(EngineWeight(each.name, each.dtype, each.shape, parts, each.columns))
     return found
 
 

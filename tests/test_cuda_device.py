@@ -245,7 +245,7 @@ def test_a_gpu_that_fails_at_the_start_is_no_mistake_of_the_user(driver: HostDri
 
 def test_an_error_without_an_explanation_is_still_told(driver: HostDriver, device: CudaDevice) -> None:
     driver.faults |= {"cuMemGetInfo": UNKNOWN}
-    driver.cuGetErrorString = lambda error: (real.CUresult.CUDA_ERROR_INVALID_VALUE, None)  # type: ignore[method-assign]
+    driver.cuGetErrorString = lambda error: (real.CUresult.CUDA_ERROR_INVALID_VALUE, None)
     with pytest.raises(DeviceError, match=r"^CUDA error CUDA_ERROR_UNKNOWN in cuMemGetInfo$"):
         device.memory()
 

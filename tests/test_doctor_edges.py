@@ -131,7 +131,7 @@ def test_a_file_that_can_not_be_started_or_read(tmp_path: Path) -> None:
     assert "could not be started" in real(tmp_path).run(("broken",), 10).problem
     assert real().read(str(tmp_path)) is None
     assert real().names(str(program)) == []
-    assert real().disk(str(tmp_path / "not" / "there")).place == str(tmp_path)  # type: ignore[union-attr]
+    assert real().disk(str(tmp_path / "not" / "there")).place == str(tmp_path)
     assert (real().version("pytest"), real().version("no-such-package")) == (pytest.__version__, None)
 
 

@@ -123,7 +123,7 @@ def test_the_slots_memory_takes_what_was_counted_for_it(slots: int) -> None:
             pass
 
     made, spec = published()
-    KvMemory(Counting(), slot_buffers(made, spec), slots)  # type: ignore[arg-type]
+    KvMemory(Counting(), slot_buffers(made, spec), slots)
     needed = engine_memory(made, spec, slots)
     assert sum(taken) == slots * needed.per_slot + EXCHANGE_BYTES
     assert slots * needed.per_slot == needed.full_kv + needed.sliding_kv + slots * CANVAS * HIDDEN * 2

@@ -280,7 +280,7 @@ def test_targets_part_on_the_host(gpu_check: ModuleType, options: Any) -> None:
         alive.extend((builder, network, config, kept))
         plan = f"target {target}".encode()
         limits = ((1, rtx_targets.WIDTH), (24, rtx_targets.WIDTH), (48, rtx_targets.WIDTH))
-        PLANS[plan] = Described(builder, kept, network, {"decoder": {"x": limits}})  # type: ignore[arg-type]
+        PLANS[plan] = Described(builder, kept, network, {"decoder": {"x": limits}})
         return plan
 
     host = Host()

@@ -13,9 +13,10 @@ from planning import DEMO
 from test_pipeline_stages import Copies, building
 
 
-def built(tmp_path: Path, name: str, **changes: object) -> Job:
+def built(tmp_path: Path, name: str, options: dict[str, int] | None = None, **changes: object) -> Job:
     """A run that wants the bundle ``name``, an hour later than the one before."""
-    wanted = building(tmp_path, Copies(), checkpoint={"source": str(DEMO)}, bundle={"name": name}, **changes)
+    bundle = {"name": name, **(options or {})}
+    wanted = building(tmp_path, Copies(), checkpoint={"source": str(DEMO)}, bundle=bundle, **changes)
     wanted.run()
     for receipt in (tmp_path / "v" / "engines").glob("*.receipt.json"):
         moment = receipt.stat().st_mtime - 3600
@@ -64,6 +65,8 @@ def test_a_bundle_that_is_made_again_is_not_counted_twice(tmp_path: Path) -> Non
     built(tmp_path, "b", keep=2)
     (tmp_path / "v" / "engines" / "b" / "manifest.json").unlink()
     built(tmp_path, "b", keep=2)
+    assert there(tmp_path) == ["a", "b"]
+    built(tmp_path, "b", {"context": 512}, keep=2)  # whole, and made from something else
     assert there(tmp_path) == ["a", "b"]
 
 
