@@ -68,6 +68,7 @@ def test_a_server_has_time_to_drain_and_to_load() -> None:
     server = pod["spec"]["containers"][0]
     assert pod["spec"]["terminationGracePeriodSeconds"] == 100 + 7 + 15
     assert "--drain-seconds=100" in server["args"]
+    assert server["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
     startup, liveness = server["startupProbe"], server["livenessProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 900
     # A repair of the server's own: three failed canary requests, then a load.
@@ -111,6 +112,32 @@ def test_the_pipeline_gets_what_values_say() -> None:
         "HF_TOKEN": "hf", "AWS_ACCESS_KEY_ID": "s3", "AWS_SECRET_ACCESS_KEY": "s3", "AWS_SESSION_TOKEN": "s3"
     }  # fmt: skip
     assert "env" not in server
+
+
+def test_a_server_may_write_kernels_and_nothing_else_of_the_volume() -> None:
+    mounts = server_pod(render("rtx-5090"))["spec"]["containers"][0]["volumeMounts"]
+    of_models = {
+        each["mountPath"]: (each.get("readOnly"), each.get("subPath")) for each in mounts if each["name"] == "models"
+    }
+    assert of_models == {"/models": (True, None), "/models/kernels": (None, "kernels")}
+
+
+def test_what_a_cluster_asks_of_pods_reaches_them() -> None:
+    taint = {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}
+    values = {
+        "runtimeClassName": "nvidia", "imagePullSecrets": [{"name": "registry"}], "tolerations": [taint],
+        "priorityClassName": "high", "persistence.storageClass": "-", "topologySpread.maxSkew": 2,
+    }  # fmt: skip
+    objects = render("h100", values)
+    spec = server_pod(objects)["spec"]
+    assert (spec["runtimeClassName"], spec["priorityClassName"], spec["tolerations"]) == ("nvidia", "high", [taint])
+    assert all(pod["spec"]["imagePullSecrets"] == [{"name": "registry"}] for _, pod in pods(objects))
+    (spread,) = spec["topologySpreadConstraints"]
+    labels = server_pod(objects)["metadata"]["labels"]
+    assert spread["maxSkew"] == 2
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert one(objects, "PersistentVolumeClaim")["spec"]["storageClassName"] == ""
+    assert "storageClassName" not in one(render("h100"), "PersistentVolumeClaim")["spec"]
 
 
 def test_every_container_runs_a_command_that_there_is() -> None:
