@@ -8,10 +8,11 @@ import torch
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.attention import Rotary
-from canvasrt.network.moe import Moe, expert_layer, route
+from canvasrt.network.moe import Moe, expert_layer, gates, route
 from canvasrt.network.text import Canvas, TextInputs, text_network
+from canvasrt.ops import torch_ops
 from canvasrt.ops.protocol import Ops
-from canvasrt.ops.torch_ops import TorchOps
+from canvasrt.ops.torch_ops import PACKED, TorchOps
 from canvasrt.ops.torch_weights import TorchWeights
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
 from canvasrt.runtime.torch_cache import CacheCall, TorchCache
@@ -97,10 +98,18 @@ def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathF
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
     routing = route(ops, source.spec, 1, ops.rms(x, 1e-6))
     assert routing.experts.shape == (tokens, 3)
+    layer = "model.decoder.layers.1."
+    names = (
+        layer + "pre_feedforward_layernorm.weight",
+        layer + "mlp.gate_proj.weight",
+        layer + "mlp.up_proj.weight",
+    )
     results = {}
     for name in ("dense", "capacity", "sparse"):
-        seats = torch.arange(tokens).float()
-        results[name], busiest = expert_layer(ops, source.spec, 1, x, routing, Moe(name, seats))
+        moe = Moe(name, torch.arange(tokens).float())
+        mlp, gated = gates(ops, 1, x, names, moe)
+        torch.testing.assert_close(mlp, ops.gated_linear(x, *names), atol=1e-5, rtol=1e-5)
+        results[name], busiest = expert_layer(ops, source.spec, 1, x, gated, routing, moe)
         assert busiest is None or busiest.item() <= tokens
     torch.testing.assert_close(results["dense"], results["sparse"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results["capacity"], results["sparse"], atol=1e-5, rtol=1e-5)
@@ -112,22 +121,36 @@ def test_capacity_tells_how_many_tokens_the_busiest_expert_got(source: Checkpoin
     routing = route(ops, source.spec, 0, ops.rms(x, 1e-6))
     busiest = int(routing.experts.flatten().bincount().max())
     for capacity in (busiest - 2, busiest, busiest + 1):
-        _, told = expert_layer(ops, source.spec, 0, x, routing, Moe("capacity", torch.arange(capacity).float()))
+        _, told = expert_layer(ops, source.spec, 0, x, None, routing, Moe("capacity", torch.arange(capacity).float()))
         assert told is not None
         assert told.item() == busiest
 
 
 def test_the_onednn_product_equals_the_plain_one(source: Checkpoint) -> None:
-    """It is reached under a private name of torch: this fails when an upgrade changes what is behind it."""
+    """It is reached under private names of torch: this fails when an upgrade changes what is behind them."""
     ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
     generator = torch.Generator().manual_seed(0)
-    for shape in ((1, 32), (3, 5, 32), (4000, 32)):  # the last is large enough for oneDNN
+    few = torch.randn(48, 32, generator=generator)
+    large = torch.randn(2 * PACKED // 512 + 2, 512, generator=generator) / 8
+    # The last two are large enough for oneDNN, the very last too large for a second layout.
+    for shape, matrix in (((1, 32), few), ((3, 5, 32), few), ((4000, 32), few), ((10, 512), large)):
         x = torch.randn(*shape, generator=generator)
-        matrix = torch.randn(48, 32, generator=generator)
         torch.testing.assert_close(ops._product(x, matrix), x @ matrix.T, atol=1e-5, rtol=1e-5)
         gate, up = (x @ half.T for half in matrix.chunk(2))
         expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
         torch.testing.assert_close(ops._gated(x, matrix), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_more_matrices_are_kept_twice_than_there_is_room_for(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_ops, "PACKED_IN_ALL", 40 * 1024)
+    ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
+    x, matrices = torch.randn(100, 1024), [torch.randn(size, 1024) / 32 for size in (24, 24, 16)]
+    for matrix in matrices:
+        for _ in range(2):  # kept once, however often it is asked for
+            torch.testing.assert_close(ops._product(x, matrix), x @ matrix.T, atol=1e-5, rtol=1e-5)
+    assert [ops._wholes[id(matrix)][1] is matrix for matrix in matrices] == [False, True, False]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 4), (6, 1)])

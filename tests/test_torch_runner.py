@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.errors import CapacityError, CheckpointError, InputError
 from canvasrt.network.moe import MoeChoice
+from canvasrt.runtime import torch_cache
 from canvasrt.runtime.fake import FakeRunner
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow, EngineRunner
+from canvasrt.runtime.torch_cache import TorchCache
 from canvasrt.runtime.torch_runner import TorchRunner
 from contract import CHECKS, Opener
 from tiny import Dims, write
@@ -86,7 +88,14 @@ def test_capacity_overflow_repeats_the_call_with_every_expert(source: Checkpoint
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.decoder.layers.4.experts.down_proj", "model.decoder.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.decoder.layers.4.experts.down_proj",
+        "model.decoder.norm.weight",
+        "model.decoder.self_conditioning.up_proj.weight",
+    ],
+)
 def test_weights_that_are_not_finite_stop_the_start(tmp_path: Path, name: str, bad: float) -> None:
     write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -187,3 +196,49 @@ def test_arrays_that_can_not_be_written_to_are_copied_for_torch(
         runner.denoise([DenoiseRow(0, canvas, 0.5, np.zeros(12, np.float32), first)])
     assert handed
     assert all(handed)
+
+
+@pytest.mark.parametrize("most", [3, 0], ids=["calls", "masks"])
+def test_plans_of_earlier_calls_are_used_again_and_only_a_few_are_kept(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(torch_cache, "CALLS", 3)
+    monkeypatch.setattr(torch_cache, "MASKED", 1 << 20 if most else 0)
+    rng = np.random.default_rng(4)
+    made: list[object] = []
+    original = TorchCache._plan
+
+    def counted(self: TorchCache, kind: str, *more: object) -> object:
+        made.append(kind)
+        return original(self, kind, *more)
+
+    monkeypatch.setattr(TorchCache, "_plan", counted)
+    runner = TorchRunner(source, context=64)
+    planned = []
+    for length in (9, 14, 9, 20, 31, 9):
+        prompt, canvas = (rng.integers(0, 67, count).astype(np.int32) for count in (length, 12))
+        row = DenoiseRow(0, canvas, 0.7, rng.random(12, dtype=np.float32), first=True, want_logits=True)
+        logits = []
+        for each in (TorchRunner(source, context=64), runner):
+            each.encode([EncodeRow(0, prompt, 0)])
+            made.clear()
+            logits.append(each.denoise([row])[0].logits)
+        np.testing.assert_array_equal(*logits)
+        planned.append(bool(made))
+        assert len(runner._cache._calls) <= max(most, 1)
+        runner.release(0)
+    assert planned == ([True, True, False, True, True, False] if most else [True] * 6)
+
+
+def test_a_row_gets_logits_when_it_asks_for_them_and_no_other(source: Checkpoint) -> None:
+    rng = np.random.default_rng(5)
+    runner = TorchRunner(source, slots=3, context=64)
+    prompts, canvases = rng.integers(0, 67, (3, 10)).astype(np.int32), rng.integers(0, 67, (3, 12)).astype(np.int32)
+    runner.encode([EncodeRow(slot, prompts[slot], 0) for slot in range(3)])
+    uniforms = np.zeros(12, np.float32)
+    for wanted in ({1}, set(), {0, 1, 2}):
+        rows = [DenoiseRow(slot, canvases[slot], 0.6, uniforms, True, want_logits=slot in wanted) for slot in range(3)]
+        results = runner.denoise(rows)
+        assert {slot for slot in range(3) if results[slot].logits is not None} == wanted
+        for slot in wanted:
+            np.testing.assert_array_equal(results[slot].logits.argmax(-1), results[slot].argmax)

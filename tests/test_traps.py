@@ -123,7 +123,7 @@ def plant_no_norm_without_a_signal(patch: pytest.MonkeyPatch) -> None:
     original = canvasrt.network.text._embed
 
     def wrong(ops: Any, spec: Any, inputs: Any, phase: Any) -> Any:
-        first = inputs.canvas is not None and not inputs.canvas.soft_embeddings.any()
+        first = inputs.canvas is not None and inputs.canvas.soft_embeddings is None
         return original(ops, spec, replace(inputs, canvas=None) if first else inputs, phase)
 
     patch.setattr(canvasrt.network.text, "_embed", wrong)

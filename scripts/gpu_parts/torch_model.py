@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -180,9 +181,12 @@ def _head(options: Options, record: Record, spec: ModelSpec, runner: RandomRunne
         tokens = torch.randint(0, spec.vocab_size, (1, rows), device=device)
         inputs = TextInputs(tokens, {}, None, canvas)
         parts: dict[str, Callable[[], object]] = {
-            "head, sampler and soft embedding": lambda: predict(ops, spec, hidden, temperature, uniforms, None),  # noqa: B023  # called in this turn
-            "LM head alone": lambda: ops.linear(hidden, EMBEDDING),  # noqa: B023  # called in this turn
-            "embedding and self-conditioning": lambda: _embed(ops, spec, inputs, "decoder"),  # noqa: B023  # called in this turn
+            # As in a step whose logits nobody wants.
+            "head, sampler and soft embedding": partial(
+                predict, ops, spec, hidden, temperature, uniforms, None, wants_logits=False
+            ),
+            "LM head alone": partial(ops.linear, hidden, EMBEDDING),
+            "embedding and self-conditioning": partial(_embed, ops, spec, inputs, "decoder"),
         }
         for part, call in parts.items():
             try:

@@ -196,6 +196,7 @@ def _outputs(graph: Graph, ops: TensorRTOps, outputs: TextOutputs[Tensor], cache
     graph.output(ops.to_int(prediction.sampled), "sampled")
     graph.output(prediction.entropy, "entropy")
     graph.output(prediction.soft_embeddings, "soft.next")
+    assert prediction.logits is not None  # those of the logit rows
     graph.output(prediction.logits, "logits")
     if outputs.busiest is not None:
         graph.output(outputs.busiest, "busiest")

@@ -5,7 +5,7 @@ layer scalar.
 """
 
 from canvasrt.network.attention import Rotary, append_only, attention_block
-from canvasrt.network.moe import Moe, expert_layer, route
+from canvasrt.network.moe import Moe, expert_layer, gates, route
 from canvasrt.network.names import decoder_layer
 from canvasrt.network.norm import weighted
 from canvasrt.ops.protocol import Cache, Ops, T
@@ -36,15 +36,15 @@ def transformer_layer(
     x = ops.add_scaled(x, ops.rms(attended, eps), prefix + "post_attention_layernorm.weight")
     # Router, experts and MLP read the same residual through three norms that share everything but the weight.
     normed = ops.rms(ops.reshape(x, (-1, spec.hidden_size)), eps)
-    gated = ops.gated_linear(
-        normed,
+    names = (
         prefix + "pre_feedforward_layernorm.weight",
         prefix + "mlp.gate_proj.weight",
         prefix + "mlp.up_proj.weight",
     )
+    gated, all_experts = gates(ops, layer.index, normed, names, moe)
     mlp = ops.linear(gated, prefix + "mlp.down_proj.weight")
     routing = route(ops, spec, layer.index, normed)
-    experts, busiest = expert_layer(ops, spec, layer.index, normed, routing, moe)
+    experts, busiest = expert_layer(ops, spec, layer.index, normed, all_experts, routing, moe)
     both = ops.add_scaled(
         weighted(ops, ops.rms(mlp, eps), prefix + "post_feedforward_layernorm_1.weight"),
         ops.rms(experts, eps),

@@ -53,18 +53,30 @@ def route(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> Routing[T]:
     return Routing(experts, ops.multiply(ops.softmax(chosen), scale))
 
 
+def gates(ops: Ops[T], layer: int, normed: T, mlp: tuple[str, str, str], moe: Moe[T]) -> tuple[T, T | None]:
+    """Gate and up of the dense MLP, (tokens, size), and where every expert sees every token, of the experts too."""
+    if moe.formulation != "dense":
+        return ops.gated_linear(normed, *mlp), None
+    return ops.gated_both(normed, mlp, _gate_names(layer))
+
+
+def _gate_names(layer: int) -> tuple[str, str]:
+    prefix = decoder_layer(layer)
+    return prefix + "pre_feedforward_layernorm_2.weight", prefix + "experts.gate_up_proj"
+
+
 def expert_layer(
-    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, routing: Routing[T], moe: Moe[T]
+    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, gated: T | None, routing: Routing[T], moe: Moe[T]
 ) -> tuple[T, T | None]:
     """The residual ``normed`` (tokens, hidden), as for ``route``, through its norm weight and the chosen experts.
 
-    Returns the result (tokens, hidden), and with "capacity" the tokens of the busiest expert, (1, 1) float32.
+    ``gated`` is what `gates` gave. Returns the result (tokens, hidden), and with "capacity" the tokens of the busiest
+    expert, (1, 1) float32.
     """
-    prefix = decoder_layer(layer)
-    gate_up, down = prefix + "experts.gate_up_proj", prefix + "experts.down_proj"
-    scale = prefix + "pre_feedforward_layernorm_2.weight"
-    if moe.formulation == "dense":
-        return _dense(ops, spec, ops.experts_gated(normed, scale, gate_up), routing, down), None
+    scale, gate_up = _gate_names(layer)
+    down = decoder_layer(layer) + "experts.down_proj"
+    if gated is not None:
+        return _dense(ops, spec, gated, routing, down), None
     x = weighted(ops, normed, scale)
     if moe.formulation == "sparse":
         return ops.experts_routed(x, routing.experts, ops.cast(routing.weights, "model"), gate_up, down), None

@@ -5,9 +5,9 @@ Reference: transformers ``DiffusionGemmaForBlockDiffusion.forward`` and
 ``DiffusionGemmaGenerationMixin._denoising_step``. Logits never need to leave the graph: what leaves is one token, one
 argmax, one entropy and one soft embedding per row.
 
-Sampling inverts the cumulative distribution at a uniform number from the host in two levels (blocks of about
-sqrt(vocabulary), then inside one block), so that it needs no random generator in the graph and no scan over the
-vocabulary.
+Sampling inverts the cumulative distribution at a uniform number from the host, so that it needs no random generator in
+the graph: over a large vocabulary in two levels (blocks of about sqrt(vocabulary), then inside one block), which needs
+no scan over all of it.
 """
 
 import math
@@ -47,7 +47,8 @@ class Prediction(Generic[T]):
     sampled: T  # (rows,) integer
     entropy: T  # (rows,) float32, nats
     soft_embeddings: T  # (rows, hidden), the self-conditioning input of the next step
-    logits: T  # (rows that were asked for, vocabulary) float32, softcapped, not divided by the temperature
+    # (rows that were asked for, vocabulary) float32, softcapped, not divided by the temperature; None: nobody asked
+    logits: T | None
 
 
 def predict(
@@ -58,6 +59,7 @@ def predict(
     uniforms: T,
     filters: Filters[T] | None,
     logit_rows: T | None = None,
+    wants_logits: bool = True,
 ) -> Prediction[T]:
     """hidden (rows, hidden) after the final norm; temperature and uniforms in [0, 1) are (rows, 1) float32.
 
@@ -89,12 +91,15 @@ def predict(
         below = ops.subtract(ops.divide(_softcapped(ops, spec, columns), hot), top)
         return ops.exp(_kept(ops, below, None if least is None else ops.reshape(least, (-1, 1, 1))))
 
+    logits = None
+    if wants_logits:
+        logits = _softcapped(ops, spec, raw if logit_rows is None else ops.take_rows(raw, logit_rows))
     return Prediction(
         argmax=ops.argmax(raw),  # softcap and temperature keep the order
-        sampled=_inverse_cdf(ops, spec.vocab_size, raw, weights_of, uniforms),
+        sampled=_inverse_cdf(ops, spec.vocab_size, raw, weights, weights_of, uniforms),
         entropy=ops.reshape(ops.subtract(ops.log(total), share), (-1,)),
         soft_embeddings=ops.multiply(soft, ops.rounded(spec.hidden_size**0.5)),
-        logits=_softcapped(ops, spec, raw if logit_rows is None else ops.take_rows(raw, logit_rows)),
+        logits=logits,
     )
 
 
@@ -103,11 +108,15 @@ def _softcapped(ops: Ops[T], spec: ModelSpec, raw: T) -> T:
     return ops.multiply(ops.tanh(ops.divide(raw, spec.softcap)), spec.softcap)
 
 
-def _inverse_cdf(ops: Ops[T], vocabulary: int, raw: T, weights_of: Callable[[T], T], uniforms: T) -> T:
-    """The token at which the cumulative sum of weights passes uniforms * total: (rows,).
+def _inverse_cdf(ops: Ops[T], vocabulary: int, raw: T, weights: T, weights_of: Callable[[T], T], uniforms: T) -> T:
+    """The token at which the cumulative sum of weights (rows, vocabulary) passes uniforms * total: (rows,).
 
-    ``weights_of`` turns columns of ``raw`` (rows, vocabulary) into weights, (rows, blocks, n) both.
+    ``weights_of`` makes the same weights of columns of ``raw`` (rows, vocabulary), (rows, blocks, n) both.
     """
+    if vocabulary <= ONE_LEVEL:
+        steps = ops.cumulative_sum(weights, axis=1)
+        target = ops.multiply(ops.multiply(uniforms, BELOW_ONE), ops.max(steps, axis=1))
+        return ops.to_int(ops.reshape(ops.sum(ops.to_float(ops.less_equal(steps, target)), axis=1), (-1,)))
     width = _block_width(vocabulary)
     count = vocabulary // width
     table = ops.reshape(raw, (-1, count, width))
@@ -128,9 +137,7 @@ def _inverse_cdf(ops: Ops[T], vocabulary: int, raw: T, weights_of: Callable[[T],
 
 
 def _block_width(vocabulary: int) -> int:
-    """The divisor nearest above the square root; the vocabulary itself where one level is as short as two."""
-    if vocabulary <= ONE_LEVEL:
-        return vocabulary
+    """The divisor nearest above the square root."""
     return next(width for width in range(math.isqrt(vocabulary - 1) + 1, vocabulary + 1) if vocabulary % width == 0)
 
 

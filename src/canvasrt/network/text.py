@@ -25,12 +25,14 @@ Phase = Literal["encoder", "decoder", "mixed"]
 class Canvas(Generic[T]):
     """What canvas tokens bring beside their ids. A row is one token that goes through head and sampler."""
 
-    soft_embeddings: T  # (rows, tokens, hidden): zero at a canvas's first step and for encoder tokens
+    # (rows, tokens, hidden): zero at a canvas's first step and for encoder tokens; None: zero everywhere
+    soft_embeddings: T | None
     temperature: T  # (head rows, 1) float32
     uniforms: T  # (head rows, 1) float32 in [0, 1)
     filters: Filters[T] | None
     head_rows: T | None  # (head rows,) indices into rows * tokens; None: all of them
     logit_rows: T | None = None  # (n,) indices into the head rows whose logits are wanted; None: all of them
+    wants_logits: bool = True  # False: of no row
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,16 @@ def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Pha
         rows = ops.take_rows(rows, inputs.canvas.head_rows)
     hidden = norm(ops, spec, rows, FINAL_NORM)
     canvas = inputs.canvas
-    prediction = predict(ops, spec, hidden, canvas.temperature, canvas.uniforms, canvas.filters, canvas.logit_rows)
+    prediction = predict(
+        ops,
+        spec,
+        hidden,
+        canvas.temperature,
+        canvas.uniforms,
+        canvas.filters,
+        canvas.logit_rows,
+        canvas.wants_logits,
+    )
     return TextOutputs(prediction, busiest)
 
 
@@ -82,17 +93,24 @@ def _embed(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase) ->
     x = ops.multiply(ops.embedding(inputs.tokens, EMBEDDING), ops.rounded(spec.hidden_size**0.5))
     if inputs.canvas is None:
         return x
-    signal = ops.rms(inputs.canvas.soft_embeddings, spec.rms_norm_eps)
+    # The norm without weight applies at the first step too, where there is no signal.
+    total = x
+    if inputs.canvas.soft_embeddings is not None:
+        total = ops.add(x, _signal(ops, spec, inputs.canvas.soft_embeddings))
+    conditioned = ops.cast(ops.rms(total, spec.rms_norm_eps), "model")
+    return conditioned if inputs.is_canvas is None else ops.where(inputs.is_canvas, conditioned, x)
+
+
+def _signal(ops: Ops[T], spec: ModelSpec, soft_embeddings: T) -> T:
+    """What the last step's prediction adds to the embeddings: nothing where it is zero."""
+    normed = ops.rms(soft_embeddings, spec.rms_norm_eps)
     gated = ops.gated_linear(
-        signal,
+        normed,
         SELF_CONDITIONING + "pre_norm.weight",
         SELF_CONDITIONING + "gate_proj.weight",
         SELF_CONDITIONING + "up_proj.weight",
     )
-    signal = ops.linear(gated, SELF_CONDITIONING + "down_proj.weight")
-    # The norm without weight applies at the first step too, where the signal is zero.
-    conditioned = ops.cast(ops.rms(ops.add(x, signal), spec.rms_norm_eps), "model")
-    return conditioned if inputs.is_canvas is None else ops.where(inputs.is_canvas, conditioned, x)
+    return ops.linear(gated, SELF_CONDITIONING + "down_proj.weight")
 
 
 def _scalar(ops: Ops[T], layer: int, inputs: TextInputs[T], phase: Phase) -> T:

@@ -51,8 +51,13 @@ class Ops(Protocol[T]):
         """Rows of the matrix (vocabulary, hidden) for integer tokens (...): (..., hidden)."""
         ...
 
-    def experts_gated(self, normed: T, scale: str, name: str) -> T:
-        """``gated_linear`` of every expert, matrices (experts, 2 out, in): (rows, in) to (rows, experts * out)."""
+    def gated_both(self, normed: T, mlp: tuple[str, str, str], experts: tuple[str, str]) -> tuple[T, T]:
+        """``gated_linear`` of a dense MLP and of every expert of the same normed (rows, in): a lowering may make one
+        product of the two.
+
+        ``mlp`` is (scale, gate, up) and gives (rows, out); ``experts`` is (scale, matrices (experts, 2 out, in)) and
+        gives (rows, experts * out).
+        """
         ...
 
     def experts_summed(self, x: T, name: str) -> T:

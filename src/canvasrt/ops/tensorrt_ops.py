@@ -50,7 +50,10 @@ class TensorRTOps:
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
         return self.graph.network.add_gather(self._weights.given(name).rows, tokens, 0).get_output(0)
 
-    def experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
+    def gated_both(self, normed: Tensor, mlp: tuple[str, str, str], experts: tuple[str, str]) -> tuple[Tensor, Tensor]:
+        return self.gated_linear(normed, *mlp), self._experts_gated(normed, *experts)
+
+    def _experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
         experts, both, _ = self._weights.shape(name)
         product = self._multiplied(self._scaled(normed, scale), self._weights.flat_experts(name))
         halves = self.graph.reshape(product, (-1, experts, both))

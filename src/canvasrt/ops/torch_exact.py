@@ -30,7 +30,7 @@ class ExactTorchOps(TorchOps):
     def gated_linear(self, normed: Tensor, scale: str, gate: str, up: str) -> Tensor:
         return self.gated_gelu(self.linear(self._scaled(normed, scale), gate, up))
 
-    def experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
+    def _experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
         _, input_scale = self._weights.activations(name)
         if input_scale is not None and input_scale.dim():
             raise InputError(

@@ -10,8 +10,13 @@ from canvasrt.ops.torch_weights import TorchWeights
 
 Tensor = torch.Tensor
 
-# Multiplications from which oneDNN's float32 product is the faster one on a CPU: twice the speed, but 15 us to start.
-ONEDNN_PRODUCTS = 3_000_000
+# Multiplications from which oneDNN's float32 product is the faster one on a CPU: twice the speed, but 11 us to start.
+ONEDNN_PRODUCTS = 1_000_000
+# Elements up to which a matrix is kept in oneDNN's own layout too, which it else makes anew at every call: 7 us of 28
+# for (48, 256) x (256, 128). Larger ones would take twice their memory.
+PACKED = 1 << 20
+PACKED_IN_ALL = 1 << 24  # elements: no budget counts what is kept twice
+PACKED_FOR = 64  # rows that the layout is made for; it is the same for 48 and for 1,024, and another for one
 ONEDNN_GATED = 1_000_000  # the same for one half of a gated product, whose GELU oneDNN computes along
 SMALL_SCORES = 1 << 16  # attention scores up to which two products beat the fused attention kernel
 MATRIX = 2  # axes
@@ -19,6 +24,7 @@ MATRIX = 2  # axes
 # torch offers oneDNN's float32 product under a private name only, the one its compiler uses; functional.linear goes to
 # MKL, which is slow on CPUs that are not Intel's. A test compares the two.
 _onednn = torch.ops.mkldnn._linear_pointwise
+_pack = torch.ops.mkldnn._reorder_linear_weight
 
 
 class TorchOps:
@@ -28,6 +34,10 @@ class TorchOps:
         self._weights = weights
         self._dtype = weights.dtype
         self._head_weights: dict[tuple[tuple[str, int], ...], Tensor] = {}
+        self._room = PACKED_IN_ALL
+        # By the id of a matrix, which stands first in the entry lest another gets its id: as oneDNN takes it, whole or
+        # as gate and up halves.
+        self._wholes: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._rounded: dict[float, float] = {}
         self._averages: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
@@ -56,9 +66,14 @@ class TorchOps:
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
         return functional.embedding(tokens, self._weights.fused((name,)))
 
-    def experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
-        if self._folds:
-            return self._gated(normed, self._weights.planar_experts(name, scale))
+    def gated_both(self, normed: Tensor, mlp: tuple[str, str, str], experts: tuple[str, str]) -> tuple[Tensor, Tensor]:
+        if not self._folds:
+            return self.gated_linear(normed, *mlp), self._experts_gated(normed, *experts)
+        matrix, size = self._weights.gates(mlp, experts)
+        both = self._gated(normed, matrix)
+        return both.narrow(-1, 0, size), both.narrow(-1, size, both.shape[-1] - size)
+
+    def _experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
         return self._gated(self._scaled(normed, scale), self._weights.planar_experts(name))
 
     def experts_summed(self, x: Tensor, name: str) -> Tensor:
@@ -260,8 +275,8 @@ class TorchOps:
         half = both.shape[0] // 2
         if self._onednn and x.numel() * half >= ONEDNN_GATED:
             halves = self._halves.get(id(both))
-            if halves is None or halves[0] is not both:
-                halves = self._halves[id(both)] = both, both[:half], both[half:]
+            if halves is None:
+                halves = self._halves[id(both)] = both, self._packed(both[:half]), self._packed(both[half:])
             # oneDNN applies the GELU and the product while the numbers are in registers: almost free.
             gate = _onednn(x, halves[1], None, "gelu", [], "tanh")
             result: Tensor = _onednn.binary(x, gate, halves[2], None, "mul")
@@ -270,9 +285,20 @@ class TorchOps:
 
     def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
         if self._onednn and x.numel() * matrix.shape[0] >= ONEDNN_PRODUCTS:
-            result: Tensor = _onednn(x, matrix, None, "none", [], "")
+            whole = self._wholes.get(id(matrix))
+            if whole is None:
+                whole = self._wholes[id(matrix)] = matrix, self._packed(matrix)
+            result: Tensor = _onednn(x, whole[1], None, "none", [], "")
             return result
         return functional.linear(x, matrix)
+
+    def _packed(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) as oneDNN takes it best, while there is room for a second layout."""
+        if matrix.numel() > min(PACKED, self._room):
+            return matrix
+        self._room -= matrix.numel()
+        result: Tensor = _pack(matrix, PACKED_FOR)
+        return result
 
     def _named(self, precision: Precision) -> torch.dtype:
         return torch.float32 if precision == "float32" else self._dtype

@@ -25,6 +25,7 @@ class TorchWeights:
         self.dtype = dtype
         self._checkpoint = checkpoint
         self._kept: dict[Hashable, torch.Tensor] = {}  # asked 70 times a step: keys must be cheap
+        self._gates: dict[Hashable, tuple[torch.Tensor, int]] = {}
         self._scales: dict[str, torch.Tensor | None] = {}
 
     def small(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -49,15 +50,37 @@ class TorchWeights:
             self._kept[key] = torch.cat([self._load(name, torch.float32) * column for name in names]).to(self.dtype)
         return self._kept[key]
 
-    def planar_experts(self, name: str, scale: str | None = None) -> torch.Tensor:
-        """(experts, 2 out, in) as one matrix (2 * experts * out, in): all gates, then all ups; scaled as ``scaled``."""
-        key = (name, "planar", scale)
+    def planar_experts(self, name: str) -> torch.Tensor:
+        """(experts, 2 out, in) as one matrix (2 * experts * out, in): all gates, then all ups."""
+        key = (name, "planar")
         if key not in self._kept:
-            experts = self._load(name, self.dtype)
-            count, both, size = experts.shape
-            planes = experts.view(count, 2, both // 2, size).transpose(0, 1).reshape(-1, size)
-            self._kept[key] = planes if scale is None else planes * self._load(scale, self.dtype)
+            self._kept[key] = self._planes(name).flatten(0, 1)
         return self._kept[key]
+
+    def gates(self, mlp: tuple[str, str, str], experts: tuple[str, str]) -> tuple[torch.Tensor, int]:
+        """(scale, gate, up) of an MLP and (scale, matrices) of its experts as one matrix, and the MLP's size.
+
+        Its rows are the MLP's gate, the experts' gates, then the MLP's up, the experts' ups; scaled as ``scaled``.
+        """
+        key = (mlp, experts)
+        if key not in self._gates:
+            scale, gate, up = mlp
+            column, columns = (self._load(each, torch.float32) for each in (scale, experts[0]))
+            gates, ups = self._planes(experts[1])
+            parts = [
+                self._load(gate, torch.float32) * column,
+                gates * columns,
+                self._load(up, torch.float32) * column,
+                ups * columns,
+            ]
+            self._gates[key] = torch.cat(parts).to(self.dtype), len(parts[0])
+        return self._gates[key]
+
+    def _planes(self, name: str) -> torch.Tensor:
+        """(experts, 2 out, in) as (2, experts * out, in)."""
+        experts = self._load(name, self.dtype)
+        count, both, size = experts.shape
+        return experts.view(count, 2, both // 2, size).transpose(0, 1).reshape(2, -1, size)
 
     def activations(self, name: str) -> tuple[Format, torch.Tensor | None]:
         """The format of a matrix, and what scales the activations that meet it, () or (experts,) or None."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from canvasrt.network.attention import Rotary
 from canvasrt.ops.protocol import Ops
 from canvasrt.ops.torch_formats import round_kv
 from canvasrt.runtime.memory import sliding_rows
@@ -22,6 +23,9 @@ from canvasrt.spec import LayerKind, ModelSpec
 
 Tensor = torch.Tensor
 Ints = NDArray[np.int64]
+
+CALLS = 32  # calls whose plans are kept: planning one takes 0.3 ms, a twelfth of a step of the demo
+MASKED = 1 << 20  # numbers in the masks of all that are kept; a single one may have more
 
 
 class TorchCache:
@@ -45,8 +49,7 @@ class TorchCache:
         self._layers = spec.layers
         self._device = device
         self._dtype = dtype
-        self._last_key: object = None
-        self._last_call: CacheCall
+        self._calls: dict[object, CacheCall] = {}  # the ones asked for last, oldest first
         self.rows: dict[LayerKind, int] = {"full": limits.context, "sliding": sliding_rows(spec, limits)}
         self.slots = Slots(limits.slots, self._window, self.rows["sliding"])
         self._flat = [
@@ -75,8 +78,9 @@ class TorchCache:
         used = sorted({*joining, *canvases})
         states = tuple((slot, self.slots.length(slot), self.slots.start(slot)) for slot in used)
         key = (tuple(pieces), tuple(canvases), states)
-        if key == self._last_key:
-            return self._last_call  # the steps of a canvas share everything but the tokens
+        if (known := self._calls.pop(key, None)) is not None:
+            self._calls[key] = known
+            return known  # the steps of a canvas share everything but the tokens, and so do prompts of the same length
         sequences = [_Sequence(slot, self.slots.length(slot), count) for slot, count in pieces]
         behind = [self.slots.length(slot) + joining.get(slot, 0) for slot in canvases]
         rows = [_Sequence(slot, first, self._canvas) for slot, first in zip(canvases, behind, strict=True)]
@@ -88,7 +92,11 @@ class TorchCache:
             },
             positions=np.concatenate([np.arange(each.first, each.first + each.count) for each in (*sequences, *rows)]),
         )
-        self._last_key, self._last_call = key, call
+        self._calls[key] = call
+        while len(self._calls) > 1 and (
+            len(self._calls) > CALLS or sum(each.masked for each in self._calls.values()) > MASKED
+        ):
+            del self._calls[next(iter(self._calls))]
         return call
 
     def _plan(
@@ -257,7 +265,14 @@ class CacheCall:
     cache: TorchCache
     plans: "dict[LayerKind, _Plan]"
     positions: Ints  # (tokens,) of the new tokens
+    rotary: dict[LayerKind, Rotary[Tensor]] = field(default_factory=dict)  # of the positions; the runner's to fill
     _buffers: dict[int, tuple[_Buffer, _Buffer, _Plan]] = field(default_factory=dict)
+
+    @property
+    def masked(self) -> int:
+        """Numbers that its masks hold."""
+        masks = [group.mask for plan in self.plans.values() for group in plan.groups]
+        return sum(mask.numel() for mask in masks if mask is not None)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         keys, values, _ = self._of(layer)

@@ -32,7 +32,7 @@ Tensor = torch.Tensor
 
 _NOTHING = np.zeros(0, dtype=np.int32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DENSE_PRODUCTS = 25_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
+DENSE_PRODUCTS = 80_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
 TABLE = 4096  # positions whose rotary factors are computed once
 CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
 
@@ -96,7 +96,6 @@ class TorchRunner:
         self._frequencies = {kind: _inverse_frequencies(layer).to(self._device) for kind, layer in kinds.items()}
         first_positions = np.arange(min(self._limits.context, TABLE))
         self._tables = {kind: self._factors(kind, first_positions) for kind in kinds}
-        self._rotary: tuple[CacheCall | None, dict[LayerKind, Rotary[Tensor]]] = (None, {})
         self._pending: dict[
             int, NDArray[np.int32]
         ] = {}  # slot -> at most a chunk of tokens, noted down but not encoded
@@ -186,13 +185,13 @@ class TorchRunner:
         joining = sum(len(tokens) for _, tokens in pieces)
         call = self._cache.open([(slot, len(tokens)) for slot, tokens in pieces], slots)
         tokens = [*(tokens for _, tokens in pieces), *(row.canvas for row in rows)]
-        signals = self._signals(rows)
         canvas = Canvas(
-            soft_embeddings=functional.pad(signals, (0, 0, joining, 0)) if joining else signals,
+            soft_embeddings=self._signals(rows, joining),
             temperature=self._per_token(rows, [row.temperature for row in rows]),
             uniforms=torch.from_numpy(np.concatenate([row.uniforms for row in rows])).to(self._device).view(-1, 1),
             filters=self._filters(rows),
             head_rows=torch.arange(joining, joining + len(rows) * size, device=self._device) if joining else None,
+            wants_logits=any(row.want_logits for row in rows),
         )
         prediction = self._run("mixed" if joining else "decoder", tokens, call, canvas)
         assert prediction is not None  # only the encoder phase predicts nothing
@@ -230,17 +229,14 @@ class TorchRunner:
         return MoeChoice("dense" if small and not self._exact else "sparse")
 
     def _rotary_of(self, call: CacheCall) -> dict[LayerKind, Rotary[Tensor]]:
-        if self._rotary[0] is not call:
+        if not call.rotary:
             if int(call.positions.max()) < min(self._limits.context, TABLE):
                 rows = torch.from_numpy(call.positions).to(self._device)
-                taken = {
-                    kind: Rotary(table.cos[rows].unsqueeze(0), table.signed_sin[rows].unsqueeze(0))
-                    for kind, table in self._tables.items()
-                }
-                self._rotary = (call, taken)
+                for kind, table in self._tables.items():
+                    call.rotary[kind] = Rotary(table.cos[rows].unsqueeze(0), table.signed_sin[rows].unsqueeze(0))
             else:
-                self._rotary = (call, {kind: self._factors(kind, call.positions[None]) for kind in self._frequencies})
-        return self._rotary[1]
+                call.rotary.update({kind: self._factors(kind, call.positions[None]) for kind in self._frequencies})
+        return call.rotary
 
     def _factors(self, kind: LayerKind, positions: NDArray[np.int64]) -> Rotary[Tensor]:
         """Of positions (...): both (..., 1, head_dim), the axis of length 1 for the heads."""
@@ -254,11 +250,16 @@ class TorchRunner:
         per_token = np.repeat(np.array(values, dtype=np.float32), self._limits.canvas)
         return torch.from_numpy(per_token).to(self._device).view(-1, 1)
 
-    def _signals(self, rows: Sequence[DenoiseRow]) -> Tensor:
-        """(1, rows * canvas, hidden): what each slot kept from its last step, zero for a canvas's first."""
+    def _signals(self, rows: Sequence[DenoiseRow], joining: int) -> Tensor | None:
+        """(1, joining + rows * canvas, hidden): what each slot kept from its last step, zero for a canvas's first and
+        for joining tokens. None: all of it is zero.
+        """
         # Chosen, not multiplied by 0: nothing of an earlier request may leak, not even as 0 * NaN.
         kept = [self._no_signal if row.first else self._soft[row.slot] for row in rows]
-        return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+        if all(each is self._no_signal for each in kept):
+            return None
+        signals = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+        return functional.pad(signals, (0, 0, joining, 0)) if joining else signals
 
     def _filters(self, rows: Sequence[DenoiseRow]) -> Filters[Tensor] | None:
         vocabulary = self._limits.vocabulary
@@ -269,11 +270,12 @@ class TorchRunner:
         return Filters(self._per_token(limited, top_k), self._per_token(limited, top_p))
 
     def _load_all_weights(self) -> None:
-        """Runs one token and one canvas: a damaged tensor must stop the start, not a request."""
+        """Runs one token and two steps of a canvas: a damaged tensor must stop the start, not a request."""
         self.encode([EncodeRow(0, np.zeros(1, np.int32), 0)])
         self._encode_pending(0)
         size = self._limits.canvas
-        self.denoise([DenoiseRow(0, np.zeros(size, np.int32), 1.0, np.zeros(size, np.float32), first=True)])
+        for first in (True, False):  # the first has no self-conditioning
+            self.denoise([DenoiseRow(0, np.zeros(size, np.int32), 1.0, np.zeros(size, np.float32), first)])
         self.release(0)
 
 
@@ -315,10 +317,8 @@ def _results(rows: Sequence[DenoiseRow], prediction: Prediction[Tensor], size: i
     argmax = prediction.argmax.to("cpu", torch.int32).view(-1, size).numpy()
     sampled = prediction.sampled.to("cpu", torch.int32).view(-1, size).numpy()
     entropy = prediction.entropy.to("cpu").view(-1, size).numpy()
-    logits = prediction.logits.view(len(rows), size, -1)
-    return [
-        DenoiseResult(
-            argmax[index], sampled[index], entropy[index], logits[index].cpu().numpy() if row.want_logits else None
-        )
-        for index, row in enumerate(rows)
-    ]
+    logits: list[NDArray[np.float32] | None] = [None] * len(rows)
+    if prediction.logits is not None:
+        kept = prediction.logits.view(len(rows), size, -1)
+        logits = [kept[index].cpu().numpy() if row.want_logits else None for index, row in enumerate(rows)]
+    return [DenoiseResult(argmax[index], sampled[index], entropy[index], logits[index]) for index in range(len(rows))]
