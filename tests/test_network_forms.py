@@ -10,9 +10,10 @@ from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.attention import Rotary
 from canvasrt.network.moe import Moe, expert_layer, gates, route
 from canvasrt.network.text import Canvas, TextInputs, text_network
-from canvasrt.ops import torch_ops
+from canvasrt.ops import torch_ops, torch_products
 from canvasrt.ops.protocol import Ops
-from canvasrt.ops.torch_ops import PACKED, TorchOps
+from canvasrt.ops.torch_ops import TorchOps
+from canvasrt.ops.torch_products import PACKED
 from canvasrt.ops.torch_weights import TorchWeights
 from canvasrt.runtime.protocol import DenoiseRow, EncodeRow
 from canvasrt.runtime.torch_cache import CacheCall, TorchCache
@@ -45,8 +46,11 @@ class StackedCache:
 
 
 @torch.inference_mode()
-def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(source: Checkpoint) -> None:
+def test_a_mixed_call_equals_an_encoder_call_and_a_decoder_call(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One row encodes a chunk while the other denoises a canvas: the form that an engine with both phases runs."""
+    monkeypatch.setattr(torch_ops, "ROWS", 1)  # rows of the stacked call have the same length
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 67, n).astype(np.int32) for n in (20, 31)]
     chunk, canvas = (rng.integers(0, 67, CANVAS).astype(np.int32) for _ in range(2))
@@ -144,13 +148,14 @@ def test_the_onednn_product_equals_the_plain_one(source: Checkpoint) -> None:
 def test_no_more_matrices_are_kept_twice_than_there_is_room_for(
     source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_ops, "PACKED_IN_ALL", 40 * 1024)
+    monkeypatch.setattr(torch_products, "PACKED_IN_ALL", 40 * 1024)
     ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
     x, matrices = torch.randn(100, 1024), [torch.randn(size, 1024) / 32 for size in (24, 24, 16)]
     for matrix in matrices:
         for _ in range(2):  # kept once, however often it is asked for
             torch.testing.assert_close(ops._product(x, matrix), x @ matrix.T, atol=1e-5, rtol=1e-5)
-    assert [ops._wholes[id(matrix)][1] is matrix for matrix in matrices] == [False, True, False]
+    assert ops._products is not None
+    assert [ops._products._wholes[id(matrix)][1] is matrix for matrix in matrices] == [False, True, False]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 4), (6, 1)])

@@ -162,6 +162,9 @@ class Even:
     def fused(self, names: tuple[str, ...]) -> torch.Tensor:
         return torch.linspace(-1, 1, 112).view(-1, 1).expand(-1, 4).contiguous()
 
+    def transposed(self, name: str) -> torch.Tensor:
+        return self.fused((name,)).t()
+
 
 @pytest.mark.parametrize(("vocabulary", "width"), [(262_144, 512), (1000, 40), (1018, 509), (1009, 1009), (4, 2)])
 def test_blocks_divide_the_vocabulary(vocabulary: int, width: int) -> None:

@@ -118,11 +118,9 @@ def test_two_hundred_streams_at_once_end_as_they_would_alone_or_as_they_were_tol
         list(threads.map(ask, requests))
     whole = {number: values for number, values in requests.items() if number not in cancelled | late}
     together = expected(whole)
-    # Noise for a prompt makes ties between tokens, which the rounding of another batch may break the other way.
-    other = [number for number in whole if answers.get(number) != together[number]]
-    assert len(other) <= 3
-    for number in other:
-        assert answers.get(number) == expected({number: whole[number]})[number]
+    assert [number for number in whole if answers.get(number) != together[number]] == []
+    for number in list(whole)[::20]:
+        assert expected({number: whole[number]})[number] == together[number]
     assert set(errors) <= cancelled | late
     assert {type(errors[number]) for number in late & set(errors)} <= {TimedOutError}
     wait_until(lambda: is_idle(server), 20, lambda: "requests are left over")

@@ -151,7 +151,7 @@ def test_prompts_join_the_step_of_the_rows_that_denoise_already(
 
     monkeypatch.setattr(TorchRunner, "_run", counted)
     results = together.denoise([row(2, 2, True), row(0, 0, True), row(1, 1, False)])
-    assert calls == [17 + 11 + 3 * 12]
+    assert calls == [17 + 11 + 4 + 3 * 12]  # the tokens of prompts are a multiple of 8
     for slot, result in zip((2, 0, 1), results, strict=True):
         alone = TorchRunner(source, context=64)
         alone.encode([EncodeRow(0, prompts[slot], 0)])

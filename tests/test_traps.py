@@ -63,15 +63,13 @@ def plant_window_per_query(patch: pytest.MonkeyPatch) -> None:
     """A canvas row sees the window - 1 tokens before itself instead of those before the canvas."""
     original = canvasrt.runtime.torch_cache.TorchCache._whole
 
-    def wrong(self: Any, begin: int, canvases: Any, firsts: list[int], window: Any) -> Any:
-        group = original(self, begin, canvases, firsts, window)
+    def wrong(self: Any, begin: int, canvas: Any, first: int, window: Any) -> Any:
+        group = original(self, begin, canvas, first, window)
         if window is None:
             return group
-        first, width = torch.tensor(firsts).view(-1, 1, 1), canvases[0].count
-        query = first + torch.arange(width).view(-1, 1)
-        key = torch.arange(group.begin, group.end)
-        visible = (key >= query - window) & (key < first + width)
-        return replace(group, mask=torch.where(visible, 0.0, -torch.inf).unsqueeze(1))
+        query = first + torch.arange(canvas.count).view(-1, 1)
+        visible = torch.arange(group.begin, group.end) >= query - window
+        return replace(group, mask=torch.where(visible, 0.0, -torch.inf)[None, None])
 
     patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_whole", wrong)
 
@@ -80,8 +78,8 @@ def plant_one_more_committed_token(patch: pytest.MonkeyPatch) -> None:
     """The canvas sees ``window`` committed tokens (the static-cache variant) instead of window - 1."""
     original = canvasrt.runtime.torch_cache.TorchCache._whole
 
-    def wrong(self: Any, begin: int, canvases: Any, firsts: list[int], window: Any) -> Any:
-        return original(self, begin, canvases, firsts, None if window is None else window + 1)
+    def wrong(self: Any, begin: int, canvas: Any, first: int, window: Any) -> Any:
+        return original(self, begin, canvas, first, None if window is None else window + 1)
 
     patch.setattr(canvasrt.runtime.torch_cache.TorchCache, "_whole", wrong)
 

@@ -193,11 +193,12 @@ class Ops(Protocol[T]):
         """
         ...
 
-    def attention(self, q: T, keys: T, values: T, mask: T | None) -> T:
+    def attention(self, q: T, keys: T, values: T, mask: T | None, first: int = 0) -> T:
         """softmax(q k^T + mask) v with scale 1 and grouped query heads.
 
         q (rows, tokens, heads, dim); keys and values as the cache returned them; mask (rows, 1, tokens or 1, keys),
-        added; None when every key is visible. Result (rows, tokens, heads * dim).
+        added; None when every key is visible. ``first`` is the position of the first key, for a lowering whose results
+        are not to change with where a context was cut. Result (rows, tokens, heads * dim).
         """
         ...
 

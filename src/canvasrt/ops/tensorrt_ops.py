@@ -225,7 +225,7 @@ class TensorRTOps:
         rolled = self.concat([second, first], -1)
         return self.add(self.multiply(x, cos), self.multiply(rolled, signed_sin))
 
-    def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
         """``mask`` is boolean here: (rows, 1, tokens, keys), true where a key is visible."""
         graph, trt = self.graph, self.graph.trt
         heads, dim, groups = int(q.shape[2]), int(q.shape[3]), int(keys.shape[1])

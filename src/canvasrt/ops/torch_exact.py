@@ -48,6 +48,10 @@ class ExactTorchOps(TorchOps):
     def experts_batched(self, x: Tensor, name: str) -> Tensor:
         return super().experts_batched(self._met(x, name, torch.arange(len(x), device=x.device).view(-1, 1)), name)
 
+    def _gated(self, x: Tensor, both: Tensor) -> Tensor:
+        """As ``experts_batched`` and ``gated_gelu`` do it: one last bit can flip a rounding behind it."""
+        return self.gated_gelu(self._product(x, both))
+
     def _met(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
         """Rounded as the matrix's format says."""
         form, scale = self._weights.activations(name)

@@ -1,48 +1,37 @@
 """The torch lowering: every primitive computes at once, on a CPU or a CUDA device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
 
 from canvasrt.ops.protocol import Number, Precision
+from canvasrt.ops.torch_attention import causal_attention
+from canvasrt.ops.torch_products import ROWS, Products
 from canvasrt.ops.torch_weights import TorchWeights
 
 Tensor = torch.Tensor
 
-# Multiplications from which oneDNN's float32 product is the faster one on a CPU: twice the speed, but 11 us to start.
-ONEDNN_PRODUCTS = 1_000_000
-# Elements up to which a matrix is kept in oneDNN's own layout too, which it else makes anew at every call: 7 us of 28
-# for (48, 256) x (256, 128). Larger ones would take twice their memory.
-PACKED = 1 << 20
-PACKED_IN_ALL = 1 << 24  # elements: no budget counts what is kept twice
-PACKED_FOR = 64  # rows that the layout is made for; it is the same for 48 and for 1,024, and another for one
-ONEDNN_GATED = 1_000_000  # the same for one half of a gated product, whose GELU oneDNN computes along
 SMALL_SCORES = 1 << 16  # attention scores up to which two products beat the fused attention kernel
-MATRIX = 2  # axes
-
-# torch offers oneDNN's float32 product under a private name only, the one its compiler uses; functional.linear goes to
-# MKL, which is slow on CPUs that are not Intel's. A test compares the two.
-_onednn = torch.ops.mkldnn._linear_pointwise
-_pack = torch.ops.mkldnn._reorder_linear_weight
 
 
 class TorchOps:
-    """Implements canvasrt.ops.protocol.Ops over torch tensors; shapes and meaning are documented there."""
+    """Implements canvasrt.ops.protocol.Ops over torch tensors; shapes and meaning are documented there.
+
+    In float32 on a CPU a row's result has the same bits whatever other rows a call has.
+    """
 
     def __init__(self, weights: TorchWeights) -> None:
         self._weights = weights
         self._dtype = weights.dtype
         self._head_weights: dict[tuple[tuple[str, int], ...], Tensor] = {}
-        self._room = PACKED_IN_ALL
-        # By the id of a matrix, which stands first in the entry lest another gets its id: as oneDNN takes it, whole or
-        # as gate and up halves.
-        self._wholes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._halves: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._rounded: dict[float, float] = {}
-        self._averages: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        self._epsilons: dict[float, Tensor] = {}
         self._folds = weights.dtype == torch.float32
-        self._onednn = self._folds and weights.device.type == "cpu" and torch.backends.mkldnn.enabled
+        onednn = self._folds and weights.device.type == "cpu" and torch.backends.mkldnn.enabled
+        self._products = Products() if onednn else None
+        self.row_multiple = ROWS if onednn else 1  # of the tokens in a call, for speed
 
     def weight(self, name: str, precision: Precision = "model") -> Tensor:
         return self._weights.small(name, self._named(precision))
@@ -61,7 +50,7 @@ class TorchOps:
         return self._gated(self._scaled(normed, scale), self._weights.fused((gate, up)))
 
     def linear_transposed(self, x: Tensor, name: str) -> Tensor:
-        return x @ self._weights.fused((name,))
+        return self._product(x, self._weights.transposed(name))
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
         return functional.embedding(tokens, self._weights.fused((name,)))
@@ -80,21 +69,35 @@ class TorchOps:
         return self._product(x, self._weights.summed_experts(name))
 
     def experts_batched(self, x: Tensor, name: str) -> Tensor:
-        return torch.bmm(x, self._weights.fused((name,)).transpose(1, 2))
+        if self._products is None:
+            return torch.bmm(x, self._weights.fused((name,)).transpose(1, 2))
+        matrices = self._weights.each_expert(name)
+        return torch.stack([self._products.linear(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
 
     def experts_routed(self, x: Tensor, experts: Tensor, route: Tensor, gate_up: str, down: str) -> Tensor:
         rows, chosen = experts.shape
         chosen_experts, order = torch.sort(experts.flatten(), stable=True)
-        matrices = self._weights.fused((gate_up,))
-        ends = torch.searchsorted(
-            chosen_experts, torch.arange(len(matrices), device=x.device), right=True, out_int32=True
-        )
+        numbers = torch.arange(len(self._weights.fused((gate_up,))), device=x.device)
+        ends = torch.searchsorted(chosen_experts, numbers, right=True, out_int32=True)
         met = self._met(x.index_select(0, order // chosen), gate_up, chosen_experts)
-        hidden = self.gated_gelu(functional.grouped_mm(met, matrices.transpose(1, 2), offs=ends))
-        met = self._met(hidden, down, chosen_experts)
-        out = functional.grouped_mm(met, self._weights.fused((down,)).transpose(1, 2), offs=ends)
+        if self._products is None:
+            hidden = self.gated_gelu(self._grouped(met, gate_up, ends))
+            out = self._grouped(self._met(hidden, down, chosen_experts), down, ends)
+        else:
+            pieces = [0, *ends.tolist()]
+            hidden = self._expert_by_expert(self._gated, met, gate_up, pieces)
+            out = self._expert_by_expert(self._products.linear, self._met(hidden, down, chosen_experts), down, pieces)
         back = torch.empty_like(out).index_copy_(0, order, out).view(rows, chosen, -1)
-        return torch.bmm(route.unsqueeze(1), back).squeeze(1)
+        return back.mul_(route.unsqueeze(-1)).sum(1)
+
+    def _grouped(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        return functional.grouped_mm(x, self._weights.fused((name,)).transpose(1, 2), offs=ends)
+
+    def _expert_by_expert(
+        self, multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, name: str, ends: list[int]
+    ) -> Tensor:
+        parts = zip(self._weights.each_expert(name), pairwise(ends), strict=True)
+        return torch.cat([multiply(x[first:last], matrix) for matrix, (first, last) in parts if last > first])
 
     def rounded(self, value: float) -> float:
         if value not in self._rounded:
@@ -147,17 +150,12 @@ class TorchOps:
     def rms(self, x: Tensor, eps: float) -> Tensor:
         if x.dtype is not torch.float32:
             x = x.float()
-        shape = x.shape
-        constants = self._averages.get((shape[-1], eps))
-        if constants is None:
-            size = shape[-1]
-            constants = torch.full((size, 1), 1 / size, device=x.device), torch.full((1, 1), eps, device=x.device)
-            self._averages[size, eps] = constants
-        rows = x if len(shape) == MATRIX else x.reshape(-1, shape[-1])
-        # The mean as a product with 1/n that adds eps in the same kernel: half the time of mean() and a sum.
-        mean = torch.addmm(constants[1], rows * rows, constants[0])
-        normed = rows * mean.rsqrt_()
-        return normed if len(shape) == MATRIX else normed.view(shape)
+        epsilon = self._epsilons.get(eps)
+        if epsilon is None:
+            epsilon = self._epsilons[eps] = torch.full((1,), eps, device=x.device)
+        # The length of the vector, squared again: two thirds of the time of a mean of squares.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
 
     def cast(self, x: Tensor, precision: Precision) -> Tensor:
         wanted = torch.float32 if precision == "float32" else self._dtype
@@ -240,25 +238,25 @@ class TorchOps:
         x = x * weights
         return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
 
-    def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
+        if mask is not None and self._products is not None:
+            return causal_attention(q, keys, values, mask, first, self._products)
         # In bfloat16 the product would round the scores, which the fused kernel keeps in float32.
-        small = self._folds and q.shape[0] == 1 and q.shape[1] * q.shape[2] * keys.shape[2] <= SMALL_SCORES
+        small = self._folds and mask is None and q.shape[1] * q.shape[2] * keys.shape[2] <= SMALL_SCORES
         if small:
-            return self._small_attention(q, keys[0], values[0], mask)
+            return self._small_attention(q, keys[0], values[0])
         mixed = functional.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=mask, scale=1.0, enable_gqa=q.shape[2] != keys.shape[1]
         )
         return mixed.transpose(1, 2).flatten(2)
 
     @staticmethod
-    def _small_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _small_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """One row, keys and values (kv_heads, keys, dim): the fused kernel is made for more work."""
         _, tokens, heads, dim = q.shape
         groups = keys.shape[0]
         grouped = q.view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
         scores = torch.bmm(grouped, keys.transpose(1, 2))
-        if mask is not None:
-            scores.view(groups, -1, tokens, mask.shape[3]).add_(mask)
         mixed = torch.bmm(scores.softmax(-1), values)
         return mixed.view(groups, -1, tokens, dim).permute(2, 0, 1, 3).reshape(1, tokens, heads * dim)
 
@@ -272,33 +270,12 @@ class TorchOps:
 
     def _gated(self, x: Tensor, both: Tensor) -> Tensor:
         """The rows of ``both`` are those of the gate, then those of the up matrix."""
-        half = both.shape[0] // 2
-        if self._onednn and x.numel() * half >= ONEDNN_GATED:
-            halves = self._halves.get(id(both))
-            if halves is None:
-                halves = self._halves[id(both)] = both, self._packed(both[:half]), self._packed(both[half:])
-            # oneDNN applies the GELU and the product while the numbers are in registers: almost free.
-            gate = _onednn(x, halves[1], None, "gelu", [], "tanh")
-            result: Tensor = _onednn.binary(x, gate, halves[2], None, "mul")
-            return result
-        return self.gated_gelu(self._product(x, both))
+        if self._products is None:
+            return self.gated_gelu(functional.linear(x, both))
+        return self._products.gated(x, both)
 
     def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if self._onednn and x.numel() * matrix.shape[0] >= ONEDNN_PRODUCTS:
-            whole = self._wholes.get(id(matrix))
-            if whole is None:
-                whole = self._wholes[id(matrix)] = matrix, self._packed(matrix)
-            result: Tensor = _onednn(x, whole[1], None, "none", [], "")
-            return result
-        return functional.linear(x, matrix)
-
-    def _packed(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) as oneDNN takes it best, while there is room for a second layout."""
-        if matrix.numel() > min(PACKED, self._room):
-            return matrix
-        self._room -= matrix.numel()
-        result: Tensor = _pack(matrix, PACKED_FOR)
-        return result
+        return functional.linear(x, matrix) if self._products is None else self._products.linear(x, matrix)
 
     def _named(self, precision: Precision) -> torch.dtype:
         return torch.float32 if precision == "float32" else self._dtype

@@ -26,6 +26,7 @@ class TorchWeights:
         self._checkpoint = checkpoint
         self._kept: dict[Hashable, torch.Tensor] = {}  # asked 70 times a step: keys must be cheap
         self._gates: dict[Hashable, tuple[torch.Tensor, int]] = {}
+        self._experts: dict[str, tuple[torch.Tensor, ...]] = {}
         self._scales: dict[str, torch.Tensor | None] = {}
 
     def small(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -81,6 +82,19 @@ class TorchWeights:
         experts = self._load(name, self.dtype)
         count, both, size = experts.shape
         return experts.view(count, 2, both // 2, size).transpose(0, 1).reshape(2, -1, size)
+
+    def transposed(self, name: str) -> torch.Tensor:
+        """The matrix (out, in) as a view (in, out), always the same one."""
+        key = (name, "transposed")
+        if key not in self._kept:
+            self._kept[key] = self.fused((name,)).t()
+        return self._kept[key]
+
+    def each_expert(self, name: str) -> tuple[torch.Tensor, ...]:
+        """The matrices (experts, out, in) as views (out, in), always the same ones."""
+        if name not in self._experts:
+            self._experts[name] = self.fused((name,)).unbind()
+        return self._experts[name]
 
     def activations(self, name: str) -> tuple[Format, torch.Tensor | None]:
         """The format of a matrix, and what scales the activations that meet it, () or (experts,) or None."""

@@ -41,36 +41,50 @@ class TorchCache:
         device: torch.device,
         dtype: torch.dtype,
         rounds_to_fp8: bool = False,
+        multiple: int = 1,
     ) -> None:
-        """``rounds_to_fp8``: K and V are kept as numbers that an FP8 cache could hold."""
+        """``rounds_to_fp8``: K and V are kept as numbers that an FP8 cache could hold.
+
+        Pieces of contexts are followed by tokens that nobody sees, so that they are a multiple of ``multiple``.
+        """
         self._rounds_to_fp8 = rounds_to_fp8
         self._window = spec.sliding_window - 1  # committed tokens that a token sees before itself
         self._canvas = limits.canvas
         self._layers = spec.layers
         self._device = device
         self._dtype = dtype
+        self._multiple = multiple
         self._calls: dict[object, CacheCall] = {}  # the ones asked for last, oldest first
         self.rows: dict[LayerKind, int] = {"full": limits.context, "sliding": sliding_rows(spec, limits)}
+        self._nobodys = {kind: limits.slots * rows for kind, rows in self.rows.items()}  # first row of no slot
         self.slots = Slots(limits.slots, self._window, self.rows["sliding"])
         self._flat = [
             [
+                # The last rows belong to no slot: what nobody sees is written there.
                 torch.zeros(
-                    limits.slots * self.rows[layer.kind], layer.kv_heads, layer.head_dim, device=device, dtype=dtype
+                    self._nobodys[layer.kind] + multiple - 1,
+                    layer.kv_heads,
+                    layer.head_dim,
+                    device=device,
+                    dtype=dtype,
                 )
                 for _ in range(2)
             ]
             for layer in spec.layers
         ]
         self._views = [
-            [flat.view(limits.slots, self.rows[layer.kind], *flat.shape[1:]) for flat in pair]
+            [
+                flat[: self._nobodys[layer.kind]].view(limits.slots, self.rows[layer.kind], *flat.shape[1:])
+                for flat in pair
+            ]
             for layer, pair in zip(spec.layers, self._flat, strict=True)
         ]
 
     def open(self, pieces: Sequence[tuple[int, int]], canvases: Sequence[int]) -> "CacheCall":
         """Prepares a call: of each slot in ``pieces`` so many tokens that join its context, then whole ``canvases``.
 
-        The call's tokens are one sequence, the pieces one after another and then the canvases, without padding. A slot
-        may bring both; its canvas lies behind its piece.
+        The call's tokens are one sequence: the pieces one after another, ``CacheCall.unseen`` tokens that nobody sees,
+        and the canvases. A slot may bring a piece and a canvas, which then lies behind its piece.
         """
         joining = dict(pieces)
         for slot in {*joining, *canvases}:
@@ -84,13 +98,17 @@ class TorchCache:
         sequences = [_Sequence(slot, self.slots.length(slot), count) for slot, count in pieces]
         behind = [self.slots.length(slot) + joining.get(slot, 0) for slot in canvases]
         rows = [_Sequence(slot, first, self._canvas) for slot, first in zip(canvases, behind, strict=True)]
+        unseen = -sum(count for _, count in pieces) % self._multiple
+        parts = [np.arange(each.first, each.first + each.count) for each in (*sequences, *rows)]
+        parts.insert(len(sequences), np.zeros(unseen, np.int64))
         call = CacheCall(
             self,
             {
-                "full": self._plan("full", sequences, rows, None),
-                "sliding": self._plan("sliding", sequences, rows, self._window),
+                "full": self._plan("full", sequences, unseen, rows, None),
+                "sliding": self._plan("sliding", sequences, unseen, rows, self._window),
             },
-            positions=np.concatenate([np.arange(each.first, each.first + each.count) for each in (*sequences, *rows)]),
+            positions=np.concatenate(parts),
+            unseen=unseen,
         )
         self._calls[key] = call
         while len(self._calls) > 1 and (
@@ -100,7 +118,12 @@ class TorchCache:
         return call
 
     def _plan(
-        self, kind: LayerKind, pieces: "Sequence[_Sequence]", canvases: "Sequence[_Sequence]", window: int | None
+        self,
+        kind: LayerKind,
+        pieces: "Sequence[_Sequence]",
+        unseen: int,
+        canvases: "Sequence[_Sequence]",
+        window: int | None,
     ) -> "_Plan":
         """``window``: committed tokens that a token sees, None for all."""
         rows, groups, places = self.rows[kind], [], []
@@ -108,12 +131,16 @@ class TorchCache:
         for each in (*pieces, *canvases):
             first = each.slot * rows + each.first - starts[each.slot]
             places.append(np.arange(first, first + each.count))
+        nobodys = self._nobodys[kind]
+        places.insert(len(pieces), np.arange(nobodys, nobodys + unseen))
         begin = 0
         for piece in pieces:
-            groups.append(self._causal(begin, piece, piece.first - starts[piece.slot], window))
+            groups.append(self._causal(begin, piece, starts[piece.slot], window))
             begin += piece.count
-        if canvases:
-            groups.append(self._whole(begin, canvases, [each.first - starts[each.slot] for each in canvases], window))
+        begin += unseen
+        for canvas in canvases:
+            groups.append(self._whole(begin, canvas, canvas.first - starts[canvas.slot], window))
+            begin += canvas.count
         write = np.concatenate(places)
         one_piece = write[-1] - write[0] == len(write) - 1 and bool((np.diff(write) == 1).all())
         return _Plan(
@@ -122,41 +149,25 @@ class TorchCache:
             groups=tuple(groups),
         )
 
-    def _causal(self, begin: int, piece: "_Sequence", first: int, window: int | None) -> "_Group":
-        """Tokens that see what comes before them; ``first`` is the buffer row of the first."""
+    def _causal(self, begin: int, piece: "_Sequence", start: int, window: int | None) -> "_Group":
+        """Tokens that see what comes before them; ``start`` is the position of the first that the buffer holds."""
+        first = piece.first - start
         query = np.arange(first, first + piece.count)[:, None]
         low = np.zeros_like(query) if window is None else np.maximum(query - window, 0)
         key = np.arange(int(low.min()), first + piece.count)
-        visible = (key >= low) & (key <= query)
-        return self._group(begin, [piece], int(key[0]), first + piece.count, visible[None])
+        # A mask even where it hides nothing: it says that this is a piece of something.
+        added = np.where((key >= low) & (key <= query), np.float32(0), np.float32(-np.inf))
+        mask = torch.from_numpy(added[None, None]).to(self._device, self._dtype)
+        tokens = slice(begin, begin + piece.count)
+        return _Group(tokens, piece.slot, int(key[0]), first + piece.count, start + int(key[0]), mask)
 
-    def _whole(self, begin: int, canvases: "Sequence[_Sequence]", firsts: list[int], window: int | None) -> "_Group":
-        """Canvases: all tokens of one see the same committed tokens and the whole canvas, not a window of their own."""
-        first = np.array(firsts).reshape(-1, 1, 1)
-        low = np.zeros_like(first) if window is None else np.maximum(first - window, 0)
-        key = np.arange(int(low.min()), int(first.max()) + self._canvas)
-        visible = (key >= low) & (key < first + self._canvas)
-        return self._group(begin, canvases, int(key[0]), int(key[-1]) + 1, visible)
+    def _whole(self, begin: int, canvas: "_Sequence", first: int, window: int | None) -> "_Group":
+        """A canvas, whose tokens all see the same committed tokens and all of it, not a window of their own.
 
-    def _group(
-        self, begin: int, sequences: "Sequence[_Sequence]", low: int, high: int, visible: NDArray[np.bool_]
-    ) -> "_Group":
-        """``visible`` (rows, tokens or 1, keys)."""
-        mask = None
-        if not visible.all():
-            added = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
-            mask = torch.from_numpy(added).to(self._device, self._dtype)
-        slots = [each.slot for each in sequences]
-        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
-        return _Group(
-            tokens=slice(begin, begin + sum(each.count for each in sequences)),
-            slots=None if neighbours else torch.tensor(slots, device=self._device),
-            slot_range=slice(slots[0], slots[0] + len(slots)) if neighbours else None,
-            rows=len(slots),
-            begin=low,
-            end=high,
-            mask=mask,
-        )
+        Each for itself: keys that are padded to those of another canvas would change the order of its sums.
+        """
+        low = 0 if window is None else max(first - window, 0)
+        return _Group(slice(begin, begin + canvas.count), canvas.slot, low, first + canvas.count, 0, None)
 
     def stored(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """Copies of K and V (tokens, kv_heads, dim) of the context that a layer still holds, for checks."""
@@ -179,14 +190,11 @@ class TorchCache:
         if plan.write_range is not None:
             start, stop = plan.write_range.start, plan.write_range.stop
             one_piece = flat.narrow(0, start, stop - start).unsqueeze(0)
-        seen: list[Tensor | None] = []
-        for group in plan.groups:
-            if group.slot_range is None:
-                seen.append(None)
-            else:
-                rows = view.narrow(0, group.slot_range.start, group.rows)
-                seen.append(rows.narrow(1, group.begin, group.end - group.begin).transpose(1, 2))
-        return _Buffer(plan, flat, view, one_piece, tuple(seen))
+        seen = tuple(
+            view.narrow(0, group.slot, 1).narrow(1, group.begin, group.end - group.begin).transpose(1, 2)
+            for group in plan.groups
+        )
+        return _Buffer(plan, flat, one_piece, seen)
 
     def _make_room(self, slot: int, count: int) -> None:
         moved = self.slots.make_room(slot, count)
@@ -211,15 +219,14 @@ class _Sequence:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows of equal length that attend together: one piece of a context, or all canvases of a call."""
+    """Tokens of one slot that attend together: a piece of its context, or its canvas."""
 
     tokens: slice  # of the call's sequence
-    rows: int
-    slots: Tensor | None  # (rows,)
-    slot_range: slice | None  # the same, when the slots are neighbours: then reading copies nothing
+    slot: int
     begin: int  # buffer rows read: [begin, end)
     end: int
-    mask: Tensor | None  # (rows, 1, tokens of a row or 1, end - begin), added; None: everything read is visible
+    first: int  # position of the first of them, for pieces
+    mask: Tensor | None  # (1, 1, tokens, end - begin), added; None for canvases, which see all that is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +244,8 @@ class _Buffer:
 
     plan: _Plan
     flat: Tensor  # (all rows of all slots, kv_heads, dim)
-    view: Tensor  # (slots, rows, kv_heads, dim)
     one_piece: Tensor | None  # (1, tokens, kv_heads, dim): a view of what is written
-    seen: tuple[Tensor | None, ...]  # by group, (rows, kv_heads, keys, dim): a view of what is read
+    seen: tuple[Tensor, ...]  # by group, (1, kv_heads, keys, dim): a view of what is read
 
     def write(self, new: Tensor) -> None:
         """Stores new (1, tokens, kv_heads, dim)."""
@@ -249,14 +255,6 @@ class _Buffer:
             assert self.plan.write is not None  # one of the two is there
             self.flat.index_copy_(0, self.plan.write, new[0])
 
-    def read(self, index: int) -> Tensor:
-        """What the group of that index sees, (rows, kv_heads, keys, dim)."""
-        seen, group = self.seen[index], self.plan.groups[index]
-        if seen is not None:
-            return seen
-        assert group.slots is not None  # one of the two is there
-        return self.view[:, group.begin : group.end].index_select(0, group.slots).transpose(1, 2)
-
 
 @dataclass(frozen=True, slots=True)
 class CacheCall:
@@ -265,6 +263,7 @@ class CacheCall:
     cache: TorchCache
     plans: "dict[LayerKind, _Plan]"
     positions: Ints  # (tokens,) of the new tokens
+    unseen: int  # tokens between the pieces and the canvases
     rotary: dict[LayerKind, Rotary[Tensor]] = field(default_factory=dict)  # of the positions; the runner's to fill
     _buffers: dict[int, tuple[_Buffer, _Buffer, _Plan]] = field(default_factory=dict)
 
@@ -285,11 +284,11 @@ class CacheCall:
         keys, values, plan = self._of(layer)
         results = []
         for index, group in enumerate(plan.groups):
-            queries = q
-            if len(plan.groups) > 1 or group.rows > 1:
-                queries = q[0, group.tokens].view(group.rows, -1, *q.shape[2:])
-            mixed = ops.attention(queries, keys.read(index), values.read(index), group.mask)
-            results.append(mixed if group.rows == 1 else mixed.view(1, -1, mixed.shape[-1]))
+            queries = q if len(plan.groups) == 1 and not self.unseen else q[:, group.tokens]
+            results.append(ops.attention(queries, keys.seen[index], values.seen[index], group.mask, group.first))
+        if self.unseen:
+            pieces = sum(group.mask is not None for group in plan.groups)
+            results.insert(pieces, results[0].new_zeros(1, self.unseen, results[0].shape[-1]))
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _of(self, layer: int) -> tuple[_Buffer, _Buffer, _Plan]:

@@ -32,7 +32,7 @@ Tensor = torch.Tensor
 
 _NOTHING = np.zeros(0, dtype=np.int32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DENSE_PRODUCTS = 80_000_000  # multiplications up to which the dense formulation is the faster one on a CPU
+DENSE_PRODUCTS = 250_000  # of a token and all experts of a layer, up to which a CPU is faster with all of them
 TABLE = 4096  # positions whose rotary factors are computed once
 CHUNK = 256  # context tokens per row and pass on a CPU: larger ones only cost activation memory
 
@@ -84,12 +84,20 @@ class TorchRunner:
         available = available_bytes(self._device)
         self.memory: MemoryBudget = check_budget(spec, self._limits, torch_dtype.itemsize, available)
         self._dtype = torch_dtype
-        self._moe = moe
         self._exact = exact and checkpoint.quantization is not None
+        self._moe = moe or self._formulation()
         weights = self.weights_type(checkpoint, self._device, torch_dtype)
         self._ops = ExactTorchOps(weights) if self._exact else TorchOps(weights)
         kv_fp8 = checkpoint.quantization is not None and checkpoint.quantization.kv_cache == "fp8"
-        self._cache = TorchCache(spec, self._limits, self._device, torch_dtype, rounds_to_fp8=self._exact and kv_fp8)
+        self._cache = TorchCache(
+            spec,
+            self._limits,
+            self._device,
+            torch_dtype,
+            rounds_to_fp8=self._exact and kv_fp8,
+            # Tokens that nobody sees would take seats of experts.
+            multiple=1 if self._moe.formulation == "capacity" else self._ops.row_multiple,
+        )
         self._no_signal = torch.zeros(1, spec.canvas_length, spec.hidden_size, device=self._device, dtype=torch_dtype)
         self._soft = [self._no_signal] * slots  # replaced after each step, never written to
         kinds: dict[LayerKind, LayerSpec] = {layer.kind: layer for layer in spec.layers}
@@ -160,7 +168,7 @@ class TorchRunner:
 
     def _encode_pieces(self, pieces: list[tuple[int, NDArray[np.int32]]]) -> None:
         call = self._cache.open([(slot, len(tokens)) for slot, tokens in pieces], [])
-        self._run("encoder", [tokens for _, tokens in pieces], call, None)
+        self._run("encoder", [*(tokens for _, tokens in pieces), np.zeros(call.unseen, np.int32)], call, None)
         for slot, tokens in pieces:
             self._cache.slots.commit(slot, len(tokens))
 
@@ -182,9 +190,9 @@ class TorchRunner:
         slots = [row.slot for row in rows]
         # Tokens that wait to be encoded come along: a prompt costs one call with the first step, not one of its own.
         pieces = [(slot, self._pending.pop(slot)) for slot in slots if slot in self._pending]
-        joining = sum(len(tokens) for _, tokens in pieces)
         call = self._cache.open([(slot, len(tokens)) for slot, tokens in pieces], slots)
-        tokens = [*(tokens for _, tokens in pieces), *(row.canvas for row in rows)]
+        joining = sum(len(tokens) for _, tokens in pieces) + call.unseen
+        tokens = [*(tokens for _, tokens in pieces), np.zeros(call.unseen, np.int32), *(row.canvas for row in rows)]
         canvas = Canvas(
             soft_embeddings=self._signals(rows, joining),
             temperature=self._per_token(rows, [row.temperature for row in rows]),
@@ -213,7 +221,7 @@ class TorchRunner:
             is_canvas = torch.ones(1, len(whole), 1, dtype=torch.bool, device=self._device)
             is_canvas[:, : len(whole) - len(canvas.head_rows)] = False
         inputs = TextInputs(tokens, self._rotary_of(call), call, canvas, is_canvas, narrows=is_canvas is not None)
-        chosen = self._moe or self._formulation(tokens.numel())
+        chosen = self._moe
         seats = torch.arange(chosen.capacity, device=self._device).float() if chosen.capacity else None
         outputs = text_network(self._ops, self._spec, inputs, phase, Moe(chosen.formulation, seats))
         if outputs.busiest is not None and outputs.busiest.item() > chosen.capacity:
@@ -221,10 +229,13 @@ class TorchRunner:
             outputs = text_network(self._ops, self._spec, inputs, phase, Moe("sparse"))
         return outputs.prediction
 
-    def _formulation(self, tokens: int) -> MoeChoice:
-        """Few tokens and small experts: one dense product costs less than sorting tokens by expert."""
+    def _formulation(self) -> MoeChoice:
+        """Small experts: one dense product costs less than sorting tokens by expert.
+
+        The same for calls of all sizes: the formulations round differently.
+        """
         spec = self._spec
-        products = 3 * tokens * spec.experts * spec.expert_size * spec.hidden_size
+        products = 3 * spec.experts * spec.expert_size * spec.hidden_size
         small = self._device.type == "cpu" and products <= DENSE_PRODUCTS
         return MoeChoice("dense" if small and not self._exact else "sparse")
 
