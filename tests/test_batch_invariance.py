@@ -2,6 +2,10 @@
 cut into pieces. Else its tokens would depend on its neighbours: rarely, and only where two tokens are nearly as likely.
 """
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
@@ -242,3 +246,15 @@ def test_long_contexts_are_attended_to_in_tiles_and_agree_with_the_plain_formula
         q.transpose(1, 2).double(), keys.double(), values.double(), visible, scale=1.0, enable_gqa=True
     )
     torch.testing.assert_close(whole.double(), plain.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are names of x86 instructions")
+@pytest.mark.parametrize(("torch_name", "onednn", "mkl"), [("default", "SSE41", "SSE4_2"), ("avx2", "AVX2", "AVX2")])
+def test_older_processors_change_no_bit_either(torch_name: str, onednn: str, mkl: str) -> None:
+    """Their kernels add in other orders: the same tests, in a process that may not use newer instructions."""
+    names = {"ATEN_CPU_CAPABILITY": torch_name, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+    chosen = "demo or long_contexts or a_row_of_a_product_does_not_change_with_the_others"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", f"({chosen}) and not threads", __file__]
+    done = subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

@@ -13,7 +13,8 @@ from canvasrt.ops.torch_products import ROWS, Products
 Tensor = torch.Tensor
 
 TILE = 256  # keys; oneDNN's sums are one chain up to twice as many
-LANES = 16  # softmax adds so many numbers side by side at most, and then them: a key must always be in the same lane
+# softmax may add so many numbers side by side, and then them; without AVX2 it does. So a key must keep its lane.
+LANES = 16
 SCORES = 1 << 22  # held at once, 16 MiB
 TOGETHER = 2  # K/V heads of one product, of which a query head uses one: a call costs more than what it multiplies
 
