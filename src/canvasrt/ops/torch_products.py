@@ -26,6 +26,8 @@ ROWS = 8
 # oneDNN takes 11 to 30 us to start, which matters up to so many multiplications: above them it is always taken. A trial
 # takes as long as ten products, so a shape is tried when it has been used so often.
 TRIED_UP_TO = 10_000_000
+TRIED_FROM = 256  # numbers in a result: of fewer, all may be the same by chance
+PROBES = 4
 TRIED_AT = 32
 SHAPES = 4096  # shapes that are counted
 ROUNDS = 3  # of a trial: the best time of each counts
@@ -95,7 +97,8 @@ class Products:
 
     def _takes_mkl(self, kind: _Kind, x: Tensor, matrix: Tensor, with_mkl: _Multiply, with_onednn: _Multiply) -> bool:
         """Whether ``with_mkl`` gives the bits of ``with_onednn`` in less time, for x and matrices like these."""
-        if x.numel() * matrix.shape[0] > TRIED_UP_TO:
+        products = x.numel() * matrix.shape[0]
+        if products > TRIED_UP_TO or products < TRIED_FROM * matrix.shape[1]:
             return False
         # MKL takes another path for other strides and numbers of threads.
         shape = (
@@ -125,9 +128,11 @@ class Products:
 
 def _is_better(new: _Multiply, old: _Multiply, x: Tensor, matrix: Tensor) -> bool:
     """Random numbers show another order of the same terms; then the times decide, which change no result."""
-    probe = torch.empty_strided(x.shape, x.stride()).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-    if not torch.equal(new(probe, matrix), old(probe, matrix)):
-        return False
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(PROBES):
+        probe = torch.empty_strided(x.shape, x.stride()).uniform_(-1, 1, generator=generator)
+        if not torch.equal(new(probe, matrix), old(probe, matrix)):
+            return False
     times: tuple[list[float], list[float]] = [], []
     for _ in range(ROUNDS):
         for multiply, found in zip((new, old), times, strict=True):
