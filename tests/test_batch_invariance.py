@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +155,7 @@ def test_cuts_of_a_context_change_no_bit(source: Checkpoint) -> None:
 @example(rows=[2, 16, 48, 384], sizes=(128, 256))
 @example(rows=[1, 2, 3], sizes=(2048, 24))  # a layout for many rows has its own path for one
 @example(rows=[1, 700], sizes=(1100, 40))
+@example(rows=[103], sizes=(169, 209))  # rows that do not begin at a multiple of 64 bytes
 @example(rows=[1], sizes=(2, 1))  # two numbers that MKL adds in another order are the same now and then
 @settings(max_examples=25, deadline=None)
 @given(
@@ -189,6 +191,7 @@ def _check_rows(rows: list[int], sizes: tuple[int, int]) -> None:
 
 def test_mkl_is_taken_only_where_it_gives_the_same_bits_in_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_products, "TRIED_AT", 2)
+    monkeypatch.setattr(torch_products, "may_try_mkl", lambda: True)
     x, matrix = torch.randn(48, 128), torch.randn(128, 128)
     called: list[str] = []
 
@@ -214,6 +217,16 @@ def test_mkl_is_taken_only_where_it_gives_the_same_bits_in_less_time(monkeypatch
     assert taken_after_trial(exact, 0.5)
     assert not taken_after_trial(exact, 2.0)
     assert not taken_after_trial(other_order, 0.5)
+
+
+def test_mkl_is_not_tried_on_processors_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for maker, expected in (("GenuineIntel", True), ("AuthenticAMD", False)):
+        (tmp_path / maker).write_text(f"vendor_id : {maker}\n")
+        assert torch_products.may_try_mkl(str(tmp_path / maker)) is expected
+    assert not torch_products.may_try_mkl(str(tmp_path / "nothing"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not torch_products.may_try_mkl(str(tmp_path / "GenuineIntel"))
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -254,7 +267,7 @@ def test_long_contexts_are_attended_to_in_tiles_and_agree_with_the_plain_formula
 def test_older_processors_change_no_bit_either(torch_name: str, onednn: str, mkl: str) -> None:
     """Their kernels add in other orders: the same tests, in a process that may not use newer instructions."""
     names = {"ATEN_CPU_CAPABILITY": torch_name, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
-    chosen = "demo or long_contexts or a_row_of_a_product_does_not_change_with_the_others"
+    chosen = "demo or groups or long_contexts or a_row_of_a_product_does_not_change_with_the_others"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", f"({chosen}) and not threads", __file__]
     done = subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

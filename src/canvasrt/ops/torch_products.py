@@ -2,11 +2,13 @@
 
 A matrix product may add up its terms in another order when it has other rows, and then a request's tokens depend on
 who else is in the batch. oneDNN adds them one after the other, in blocks of hundreds, for any number of rows from two
-on; MKL does for most shapes and not for all. So oneDNN's result is the one that counts, and MKL computes it where a
-trial has shown the same bits and less time.
+on. MKL does with AVX-512 for most shapes; without, it has several ways for the same shape. So oneDNN's result is the
+one that counts, and on Intel's processors with AVX-512 MKL computes it where a trial has shown the same bits and less
+time.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
@@ -28,6 +30,7 @@ ROWS = 8
 TRIED_UP_TO = 10_000_000
 TRIED_FROM = 256  # numbers in a result: of fewer, all may be the same by chance
 PROBES = 4
+ALIGNED = 64  # bytes
 TRIED_AT = 32
 SHAPES = 4096  # shapes that are counted
 ROUNDS = 3  # of a trial: the best time of each counts
@@ -54,6 +57,7 @@ class Products:
         # as gate and up halves, and the up half as MKL takes it.
         self._wholes: dict[int, tuple[Tensor, Tensor]] = {}
         self._halves: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._tries = may_try_mkl()
         self._shapes: dict[_Shape, int | bool] = {}  # uses so far, then whether MKL is the one to take
 
     def linear(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -98,8 +102,10 @@ class Products:
     def _takes_mkl(self, kind: _Kind, x: Tensor, matrix: Tensor, with_mkl: _Multiply, with_onednn: _Multiply) -> bool:
         """Whether ``with_mkl`` gives the bits of ``with_onednn`` in less time, for x and matrices like these."""
         products = x.numel() * matrix.shape[0]
-        if products > TRIED_UP_TO or products < TRIED_FROM * matrix.shape[1]:
+        if not self._tries or products > TRIED_UP_TO or products < TRIED_FROM * matrix.shape[1]:
             return False
+        if (x.data_ptr() | matrix.data_ptr()) % ALIGNED:
+            return False  # MKL takes another path than in a trial, whose numbers lie where torch puts them
         # MKL takes another path for other strides and numbers of threads.
         shape = (
             kind,
@@ -140,6 +146,15 @@ def _is_better(new: _Multiply, old: _Multiply, x: Tensor, matrix: Tensor) -> boo
             multiply(probe, matrix)
             found.append(perf_counter() - start)
     return min(times[0]) < min(times[1])
+
+
+def may_try_mkl(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether a trial tells what MKL will do: it does where MKL uses AVX-512, so not on other makers' processors."""
+    try:
+        is_intel = "GenuineIntel" in Path(cpuinfo).read_text()
+    except OSError:
+        return False
+    return is_intel and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
