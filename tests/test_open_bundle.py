@@ -157,7 +157,7 @@ def host(**driver: Any) -> Host:
 
 
 def other_version(made: Host) -> None:
-    made.library.__version__ = "1.6.0.1"  # type: ignore[misc]
+    made.library.__version__ = "1.6.0.1"
 
 
 def invalid(made: Host) -> None:
@@ -307,7 +307,7 @@ def test_a_library_that_runs_out_of_memory_is_understood(inside: Path) -> None:
         found.deserialize_cuda_engine = lambda plan: logger.log(trt.ILogger.ERROR, logged)
         return found
 
-    made.library.Runtime = runtime  # type: ignore[method-assign]
+    made.library.Runtime = runtime
     with pytest.raises(CapacityError, match="while the bundle was loaded"):
         made.load(inside)
 

@@ -283,7 +283,7 @@ def test_a_compiler_that_is_told_of_a_full_disk_says_nothing_and_the_bundle_does
     product = made.network.add_matrix_multiply(made.x, trt.MatrixOperation.NONE, weight, trt.MatrixOperation.TRANSPOSE)
     made.finish(product.get_output(0))
 
-    class Stream(trt.IStreamWriter):  # type: ignore[misc, name-defined]  # the module is a value
+    class Stream(trt.IStreamWriter):
         def __init__(self, sink: Callable[[bytes], int]) -> None:
             trt.IStreamWriter.__init__(self)
             self.write = sink

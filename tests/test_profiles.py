@@ -327,4 +327,4 @@ def test_a_profile_of_ones_own_loads_from_anywhere_under_any_name(tmp_path: Path
 def test_a_profile_does_not_change(tmp_path: Path) -> None:
     profile = load_profile("h100")
     with pytest.raises(ValueError, match="frozen"):
-        profile.name = "other"  # type: ignore[misc]  # frozen, which is what is tested
+        profile.name = "other"  # frozen, which is what is tested

@@ -331,7 +331,7 @@ def test_a_test_is_repeated_for_an_abort_of_triton_alone() -> None:
     def ends_with(*logs: str) -> None:
         log = logs[len(tried)]
         tried.append(log)
-        Server(process=None, lines=[log])  # type: ignore[arg-type]  # none is needed for its log
+        Server(process=None, lines=[log])  # none is needed for its log
         assert not log
 
     ends_with("boost::interprocess::lock_exception", "")

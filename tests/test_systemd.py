@@ -42,7 +42,7 @@ def one(key: str) -> str:
 
 
 def seconds(text: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)(h|)", text).groups()  # type: ignore[union-attr]
+    number, unit = re.fullmatch(r"(\d+)(h|)", text).groups()
     return int(number) * (3600 if unit else 1)
 
 

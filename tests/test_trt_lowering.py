@@ -24,7 +24,7 @@ DIMS = Dims(layers="sf", hidden=64, mlp=96, expert_size=64, vocab=625, full_head
 
 
 def describe_network(trt: ModuleType, source: ModelSource, moe: MoeShapes) -> int:
-    class Quiet(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Quiet(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
