@@ -65,9 +65,11 @@ RUN pip uninstall --quiet --yes --root-user-action=ignore pip
 RUN groupadd --gid 1000 canvasrt \
     && useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin canvasrt
 COPY --from=environment /opt/canvasrt/ /opt/canvasrt/
-# HOME: libraries look for their caches there, and /tmp is all that a read-only container lets them write.
+# HOME: libraries look for their caches there, and /tmp is all that a read-only container lets them write. numba would
+# first try the folder of our kernels.
 ENV PATH=/opt/canvasrt/bin:${PATH} \
     HOME=/tmp \
+    NUMBA_CACHE_DIR=/tmp/numba \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \

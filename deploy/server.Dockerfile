@@ -82,9 +82,11 @@ LABEL org.opencontainers.image.title="canvasrt server (${FLAVOR})" \
     org.opencontainers.image.description="DiffusionGemma through Triton Inference Server" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.licenses="Apache-2.0"
-# HOME: libraries look for their caches there, and /tmp is all that a read-only container lets them write.
+# HOME: libraries look for their caches there, and /tmp is all that a read-only container lets them write. numba would
+# first try the folder of our kernels.
 ENV PATH=/opt/canvasrt/bin:${PATH} \
     HOME=/tmp \
+    NUMBA_CACHE_DIR=/tmp/numba \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \

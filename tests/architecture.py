@@ -51,6 +51,7 @@ LAYERS = {
 THIRD_PARTIES = {
     "torch": "ops/torch*.py runtime/torch*.py reference/ quantize/",
     "transformers": "serve/tokenizer.py reference/",
+    "numba": "ops/cpu_kernels.py",
     "tensorrt": "ops/tensorrt_api.py",
     "tensorrt_rtx": "ops/tensorrt_api.py",
     "cuda": "runtime/cuda_device.py",

@@ -197,7 +197,7 @@ def test_mkl_is_taken_only_where_it_gives_the_same_bits_in_less_time(monkeypatch
 
     def taken_after_trial(linear: object, seconds: float) -> bool:
         """``linear`` takes so many seconds in the trial, oneDNN one."""
-        steps = iter([step for _ in range(torch_products.ROUNDS) for step in (0.0, seconds, 0.0, 1.0)])
+        steps = iter([step for _ in range(torch_products.PROBES) for step in (0.0, seconds, 0.0, 1.0)])
         monkeypatch.setattr(torch_products, "perf_counter", lambda: next(steps))
         monkeypatch.setattr(torch_products, "functional", SimpleNamespace(linear=linear))
         products = Products()
@@ -263,10 +263,14 @@ def test_long_contexts_are_attended_to_in_tiles_and_agree_with_the_plain_formula
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are names of x86 instructions")
-@pytest.mark.parametrize(("torch_name", "onednn", "mkl"), [("default", "SSE41", "SSE4_2"), ("avx2", "AVX2", "AVX2")])
-def test_older_processors_change_no_bit_either(torch_name: str, onednn: str, mkl: str) -> None:
+@pytest.mark.parametrize(
+    ("torch_name", "onednn", "mkl", "numba"),
+    [("default", "SSE41", "SSE4_2", "nehalem"), ("avx2", "AVX2", "AVX2", "haswell")],
+)
+def test_older_processors_change_no_bit_either(torch_name: str, onednn: str, mkl: str, numba: str) -> None:
     """Their kernels add in other orders: the same tests, in a process that may not use newer instructions."""
     names = {"ATEN_CPU_CAPABILITY": torch_name, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+    names["NUMBA_CPU_NAME"] = numba
     chosen = "demo or groups or long_contexts or a_row_of_a_product_does_not_change_with_the_others"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", f"({chosen}) and not threads", __file__]
     done = subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True, check=False)

@@ -12,7 +12,6 @@ import pytest
 import canvasrt.compile.engine as engine_module
 import canvasrt.engine_weights as weights_module
 import canvasrt.network.attention as attention_module
-import canvasrt.network.layer as layer_module
 import canvasrt.network.moe as moe_module
 import canvasrt.network.sampler as sampler_module
 import canvasrt.network.text as text_module
@@ -159,12 +158,11 @@ def plant_router_without_its_factor(patch: Patch) -> None:
 
 
 def plant_experts_without_their_own_scale(patch: Patch) -> None:
-    def wrong(original: Any, ops: Any, spec: Any, layer: int, normed: Any) -> Any:
-        routing = original(ops, spec, layer, normed)
-        scale = ops.take_rows(ops.weight(decoder_layer(layer) + "router.per_expert_scale", "float32"), routing.experts)
-        return replace(routing, weights=ops.divide(routing.weights, scale))
+    def wrong(original: Any, ops: Any, scores: Any, scale: str, k: int) -> Any:
+        experts, weights = original(ops, scores, scale, k)
+        return experts, ops.divide(weights, ops.take_rows(ops.weight(scale, "float32"), experts))
 
-    around(patch, layer_module, "route", wrong)
+    around(patch, TensorRTOps, "route", wrong)
 
 
 # With "capacity" only.

@@ -8,7 +8,7 @@ import torch
 
 from canvasrt.checkpoint import Checkpoint
 from canvasrt.network.attention import Rotary
-from canvasrt.network.moe import Moe, expert_layer, gates, route
+from canvasrt.network.moe import Moe, expert_layer, gates, router_scores
 from canvasrt.network.text import Canvas, TextInputs, text_network
 from canvasrt.ops import torch_ops, torch_products
 from canvasrt.ops.protocol import Ops
@@ -100,8 +100,8 @@ def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathF
     source = Checkpoint.open(write(tmp_path_factory.mktemp("moe"), Dims(experts=7, top_k=3), seed=tokens))
     ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
-    routing = route(ops, source.spec, 1, ops.rms(x, 1e-6))
-    assert routing.experts.shape == (tokens, 3)
+    scores = router_scores(ops, source.spec, 1, ops.rms(x, 1e-6))
+    assert scores.shape == (tokens, 7)
     layer = "model.decoder.layers.1."
     names = (
         layer + "pre_feedforward_layernorm.weight",
@@ -113,7 +113,7 @@ def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathF
         moe = Moe(name, torch.arange(tokens).float())
         mlp, gated = gates(ops, 1, x, names, moe)
         torch.testing.assert_close(mlp, ops.gated_linear(x, *names), atol=1e-5, rtol=1e-5)
-        results[name], busiest = expert_layer(ops, source.spec, 1, x, gated, routing, moe)
+        results[name], busiest = expert_layer(ops, source.spec, 1, x, gated, scores, moe)
         assert busiest is None or busiest.item() <= tokens
     torch.testing.assert_close(results["dense"], results["sparse"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results["capacity"], results["sparse"], atol=1e-5, rtol=1e-5)
@@ -122,10 +122,10 @@ def test_expert_formulations_equal_each_other(tmp_path_factory: pytest.TempPathF
 def test_capacity_tells_how_many_tokens_the_busiest_expert_got(source: Checkpoint) -> None:
     ops = TorchOps(TorchWeights(source, torch.device("cpu"), torch.float32))
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
-    routing = route(ops, source.spec, 0, ops.rms(x, 1e-6))
-    busiest = int(routing.experts.flatten().bincount().max())
+    scores = router_scores(ops, source.spec, 0, ops.rms(x, 1e-6))
+    busiest = int(scores.topk(source.spec.experts_per_token).indices.flatten().bincount().max())
     for capacity in (busiest - 2, busiest, busiest + 1):
-        _, told = expert_layer(ops, source.spec, 0, x, None, routing, Moe("capacity", torch.arange(capacity).float()))
+        _, told = expert_layer(ops, source.spec, 0, x, None, scores, Moe("capacity", torch.arange(capacity).float()))
         assert told is not None
         assert told.item() == busiest
 

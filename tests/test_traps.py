@@ -85,13 +85,13 @@ def plant_one_more_committed_token(patch: pytest.MonkeyPatch) -> None:
 
 
 def plant_router_reads_the_experts_input(patch: pytest.MonkeyPatch) -> None:
-    original = canvasrt.network.layer.route
+    original = canvasrt.network.layer.router_scores
 
     def wrong(ops: Any, spec: Any, layer: int, normed: Any) -> Any:
         name = decoder_layer(layer) + "pre_feedforward_layernorm_2.weight"
         return original(ops, spec, layer, ops.multiply(normed, ops.weight(name, "float32")))
 
-    patch.setattr(canvasrt.network.layer, "route", wrong)
+    patch.setattr(canvasrt.network.layer, "router_scores", wrong)
 
 
 def plant_one_layer_scalar_for_both(patch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ EXIT_INPUT = 2
 EXIT_CAPACITY = 3
 EXIT_INTERRUPTED = 130
 OPTIONAL = {  # module, extra that installs it
-    "torch": "torch", "modelopt": "quantize", "safetensors": "quantize", "grpc": "client", "tritonclient": "client",
-    "matplotlib": "client", "boto3": "fetch", "oras": "fetch",
+    "torch": "torch", "numba": "torch", "modelopt": "quantize", "safetensors": "quantize", "grpc": "client",
+    "tritonclient": "client", "matplotlib": "client", "boto3": "fetch", "oras": "fetch",
 }  # fmt: skip
 
 app = typer.Typer(

@@ -39,16 +39,15 @@ def _project(ops: Ops[T], spec: ModelSpec, layer: LayerSpec, x: T, rotary: Rotar
     if not layer.value_is_key:
         names.append(prefix + "v_proj.weight")
     projected = ops.linear_scaled(x, decoder_layer(layer.index) + "input_layernorm.weight", *names)
-    heads = ops.reshape(projected, (0, 0, -1, layer.head_dim))
-    normed = ops.rms(heads, spec.rms_norm_eps)
+    queries, keys = (prefix + "q_norm.weight", spec.heads), (prefix + "k_norm.weight", layer.kv_heads)
     # Full layers have no value projection: the value is the key projection, normed without weight and not rotated.
-    both = spec.heads + layer.kv_heads
-    queries_and_keys, v = (
-        (normed, ops.split(normed, [spec.heads, layer.kv_heads], axis=2)[1])
-        if layer.value_is_key
-        else ops.split(normed, [both, layer.kv_heads], axis=2)
+    return ops.heads(
+        projected,
+        layer.head_dim,
+        queries,
+        keys,
+        layer.value_is_key,
+        spec.rms_norm_eps,
+        rotary.cos,
+        rotary.signed_sin,
     )
-    norms = (prefix + "q_norm.weight", spec.heads), (prefix + "k_norm.weight", layer.kv_heads)
-    rotated = ops.rotate(queries_and_keys, rotary.cos, rotary.signed_sin, *norms)
-    q, k = ops.split(ops.cast(rotated, "model"), [spec.heads, layer.kv_heads], axis=2)
-    return q, k, ops.cast(v, "model")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Generic, Literal
 
 from canvasrt.network.names import decoder_layer
-from canvasrt.network.norm import weighted
 from canvasrt.ops.protocol import Ops, T
 from canvasrt.spec import ModelSpec
 
@@ -43,14 +42,10 @@ class Routing(Generic[T]):
     weights: T  # (tokens, k) float32, renormalised over the k and times per_expert_scale
 
 
-def route(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> Routing[T]:
-    """``normed`` (tokens, hidden) is the raw residual after a norm without weight, in float32."""
+def router_scores(ops: Ops[T], spec: ModelSpec, layer: int, normed: T) -> T:
+    """(tokens, experts). ``normed`` (tokens, hidden) is the raw residual after a norm without weight, in float32."""
     prefix = decoder_layer(layer) + "router."
-    scores = ops.linear_scaled(normed, prefix + "scale", prefix + "proj.weight", factor=spec.hidden_size**-0.5)
-    chosen, experts = ops.top_k(ops.cast(scores, "float32"), spec.experts_per_token)
-    # The softmax over the chosen ones is the softmax over all, renormalised: the rest of the sum cancels.
-    scale = ops.take_rows(ops.weight(prefix + "per_expert_scale", "float32"), experts)
-    return Routing(experts, ops.multiply(ops.softmax(chosen), scale))
+    return ops.linear_scaled(normed, prefix + "scale", prefix + "proj.weight", factor=spec.hidden_size**-0.5)
 
 
 def gates(ops: Ops[T], layer: int, normed: T, mlp: tuple[str, str, str], moe: Moe[T]) -> tuple[T, T | None]:
@@ -66,30 +61,26 @@ def _gate_names(layer: int) -> tuple[str, str]:
 
 
 def expert_layer(
-    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, gated: T | None, routing: Routing[T], moe: Moe[T]
+    ops: Ops[T], spec: ModelSpec, layer: int, normed: T, gated: T | None, scores: T, moe: Moe[T]
 ) -> tuple[T, T | None]:
-    """The residual ``normed`` (tokens, hidden), as for ``route``, through its norm weight and the chosen experts.
+    """The residual ``normed`` (tokens, hidden), as for `router_scores`, through its norm weight and the chosen experts.
 
     ``gated`` is what `gates` gave. Returns the result (tokens, hidden), and with "capacity" the tokens of the busiest
     expert, (1, 1) float32.
     """
     scale, gate_up = _gate_names(layer)
-    down = decoder_layer(layer) + "experts.down_proj"
+    prefix = decoder_layer(layer)
+    down, of_experts = prefix + "experts.down_proj", prefix + "router.per_expert_scale"
     if gated is not None:
-        return _dense(ops, spec, gated, routing, down), None
-    x = weighted(ops, normed, scale)
+        chosen = ops.choose_experts(gated, scores, of_experts, spec.experts, spec.experts_per_token)
+        return ops.experts_summed(chosen, down), None
+    routing = Routing(*ops.route(scores, of_experts, spec.experts_per_token))
+    x = ops.scaled(normed, scale)
     if moe.formulation == "sparse":
         return ops.experts_routed(x, routing.experts, ops.cast(routing.weights, "model"), gate_up, down), None
     if moe.seats is None:
         raise ValueError("the capacity formulation needs seats")
     return _capacity(ops, spec, x, routing, gate_up, down, moe.seats)
-
-
-def _dense(ops: Ops[T], spec: ModelSpec, gated: T, routing: Routing[T], down: str) -> T:
-    weights = ops.spread(routing.weights, routing.experts, spec.experts)
-    hidden = ops.reshape(gated, (-1, spec.experts, spec.expert_size))
-    hidden = ops.multiply(hidden, ops.reshape(ops.cast(weights, "model"), (-1, spec.experts, 1)))
-    return ops.experts_summed(ops.reshape(hidden, (0, -1)), down)
 
 
 def _capacity(

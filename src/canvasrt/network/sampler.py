@@ -67,6 +67,23 @@ def predict(
     shape everything that follows from it: the sample, the entropy and the soft embedding.
     """
     raw = ops.linear(hidden, EMBEDDING)
+    limits = None if filters is None else (filters.top_k, filters.top_p)
+    drawn = ops.draw(raw, spec.softcap, temperature, uniforms, limits, BISECTIONS)
+    if drawn is None:
+        drawn = _draw(ops, spec, raw, temperature, uniforms, filters)
+    argmax, sampled, entropy, shares = drawn
+    soft = ops.linear_transposed(ops.cast(shares, "model"), EMBEDDING)
+    logits = None
+    if wants_logits:
+        logits = _softcapped(ops, spec, raw if logit_rows is None else ops.take_rows(raw, logit_rows))
+    soft = ops.multiply(soft, ops.rounded(spec.hidden_size**0.5))
+    return Prediction(argmax, sampled, entropy, soft, logits)
+
+
+def _draw(
+    ops: Ops[T], spec: ModelSpec, raw: T, temperature: T, uniforms: T, filters: Filters[T] | None
+) -> tuple[T, T, T, T]:
+    """What ``Ops.draw`` gives."""
     scaled = ops.divide(_softcapped(ops, spec, raw), temperature)
     largest = ops.max(scaled, axis=1)
     least: T | None = None
@@ -79,7 +96,6 @@ def predict(
     weights = ops.exp(shifted)
     total = ops.sum(weights, axis=1)
     share = ops.divide(ops.sum(ops.multiply(weights, shifted), axis=1), total)
-    soft = ops.linear_transposed(ops.cast(ops.divide(weights, total), "model"), EMBEDDING)
 
     def weights_of(columns: T) -> T:
         """The weights of some columns of ``raw``, (rows, blocks, n).
@@ -91,15 +107,11 @@ def predict(
         below = ops.subtract(ops.divide(_softcapped(ops, spec, columns), hot), top)
         return ops.exp(_kept(ops, below, None if least is None else ops.reshape(least, (-1, 1, 1))))
 
-    logits = None
-    if wants_logits:
-        logits = _softcapped(ops, spec, raw if logit_rows is None else ops.take_rows(raw, logit_rows))
-    return Prediction(
-        argmax=ops.argmax(raw),  # softcap and temperature keep the order
-        sampled=_inverse_cdf(ops, spec.vocab_size, raw, weights, weights_of, uniforms),
-        entropy=ops.reshape(ops.subtract(ops.log(total), share), (-1,)),
-        soft_embeddings=ops.multiply(soft, ops.rounded(spec.hidden_size**0.5)),
-        logits=logits,
+    return (
+        ops.argmax(raw),  # softcap and temperature keep the order
+        _inverse_cdf(ops, spec.vocab_size, raw, weights, weights_of, uniforms),
+        ops.reshape(ops.subtract(ops.log(total), share), (-1,)),
+        ops.divide(weights, total),
     )
 
 

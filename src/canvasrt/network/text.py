@@ -8,11 +8,10 @@ Reference: transformers ``modeling_diffusion_gemma.py`` (DiffusionGemmaEncoderTe
 from dataclasses import dataclass
 from typing import Generic, Literal
 
-from canvasrt.network.attention import Rotary
-from canvasrt.network.layer import context_tail, transformer_layer
+from canvasrt.network.attention import Rotary, append_only
+from canvasrt.network.layer import transformer_layer
 from canvasrt.network.moe import Moe
 from canvasrt.network.names import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, decoder_layer, encoder_scalar
-from canvasrt.network.norm import norm
 from canvasrt.network.sampler import Filters, Prediction, predict
 from canvasrt.ops.protocol import Cache, Ops, T
 from canvasrt.spec import LayerKind, ModelSpec
@@ -58,23 +57,24 @@ class TextOutputs(Generic[T]):
 def text_network(ops: Ops[T], spec: ModelSpec, inputs: TextInputs[T], phase: Phase, moe: Moe[T]) -> TextOutputs[T]:
     """Runs or describes one call, depending on the lowering."""
     x = _embed(ops, spec, inputs, phase)
+    normed = ops.rms(x, spec.rms_norm_eps)
     busiest: T | None = None
     for layer in spec.layers:
         rotary, is_last = inputs.rotary[layer.kind], layer is spec.layers[-1]
         if phase == "encoder" and is_last:
-            context_tail(ops, spec, layer, x, rotary, inputs.cache)
+            append_only(ops, spec, layer, normed, rotary, inputs.cache)  # nobody reads the rest
             break
         kept = inputs.canvas.head_rows if is_last and inputs.narrows and inputs.canvas is not None else None
         scalar = _scalar(ops, layer.index, inputs, phase if kept is None else "decoder")
-        x, more = transformer_layer(ops, spec, layer, x, rotary, inputs.cache, scalar, moe, kept)
+        x, normed, more = transformer_layer(ops, spec, layer, x, normed, rotary, inputs.cache, scalar, moe, kept)
         if more is not None:
             busiest = more if busiest is None else ops.maximum(busiest, more)
     if inputs.canvas is None:
         return TextOutputs(None, busiest)
-    rows = ops.reshape(x, (-1, spec.hidden_size))
+    rows = ops.reshape(normed, (-1, spec.hidden_size))
     if inputs.canvas.head_rows is not None and not inputs.narrows:
         rows = ops.take_rows(rows, inputs.canvas.head_rows)
-    hidden = norm(ops, spec, rows, FINAL_NORM)
+    hidden = ops.scaled(rows, FINAL_NORM)
     canvas = inputs.canvas
     prediction = predict(
         ops,

@@ -99,12 +99,30 @@ class Ops(Protocol[T]):
         """x (..., 2n) as gate and up halves: gelu_tanh(gate) * up, (..., n)."""
         ...
 
+    def scaled(self, normed: T, scale: str) -> T:
+        """normed (..., n) float32 times the vector ``scale`` (n,), in the model's precision."""
+        ...
+
     def add_scaled(self, x: T, normed: T, scale: str) -> T:
         """x plus normed (float32, same shape) times the vector ``scale``, in the model's precision."""
         ...
 
     def rms(self, x: T, eps: float) -> T:
         """x / sqrt(mean(x^2) + eps) over the last axis, computed and returned in float32."""
+        ...
+
+    def add_normed(self, x: T, y: T, scale: str, eps: float) -> tuple[T, T]:
+        """``add_scaled`` of x and ``rms`` of y (both (..., n)), and ``rms`` of the sum."""
+        ...
+
+    def add_branches(
+        self, x: T, branches: tuple[T, T], scales: tuple[str, str, str], factor: T, eps: float
+    ) -> tuple[T, T]:
+        """Two branches, each through a norm with weight, summed, through a third norm and added to x, times ``factor``.
+
+        x (..., n); branches (rows, n) with as many rows as x has; ``scales`` the norms' vectors (n,) in that order;
+        ``factor`` (1,) or (..., 1). The second result is ``rms`` of the first.
+        """
         ...
 
     def cast(self, x: T, precision: Precision) -> T: ...
@@ -167,6 +185,30 @@ class Ops(Protocol[T]):
         """x (..., n) at indices (..., m): (..., m)."""
         ...
 
+    def draw(
+        self, raw: T, softcap: float, temperature: T, uniforms: T, limits: tuple[T, T] | None, halvings: int
+    ) -> tuple[T, T, T, T] | None:
+        """The sampler of canvasrt.network.sampler in one piece, for a lowering that has it; None: it is to be composed.
+
+        raw (rows, vocabulary), temperature and uniforms (rows, 1); ``limits`` are top_k and top_p of the last rows,
+        (limited rows, 1), as in ``Filters``, whose thresholds are found in so many ``halvings``. Gives argmax, sampled,
+        entropy, (rows,) each, and the probabilities (rows, vocabulary).
+        """
+        ...
+
+    # Experts.
+
+    def route(self, scores: T, scale: str, k: int) -> tuple[T, T]:
+        """The k experts of each row with the highest scores (rows, experts), and their weights: (rows, k) both.
+
+        Weights are float32: a softmax over the k scores, times the vector ``scale`` (experts,).
+        """
+        ...
+
+    def choose_experts(self, gated: T, scores: T, scale: str, experts: int, k: int) -> T:
+        """gated (rows, experts * n) with each expert's part times its weight as ``route`` gives it, or 0."""
+        ...
+
     # Layout.
 
     def reshape(self, x: T, shape: Sequence[int]) -> T:
@@ -184,6 +226,25 @@ class Ops(Protocol[T]):
         ...
 
     # Attention.
+
+    def heads(
+        self,
+        projected: T,
+        dim: int,
+        queries: tuple[str, int],
+        keys: tuple[str, int],
+        value_is_key: bool,
+        eps: float,
+        cos: T,
+        signed_sin: T,
+    ) -> tuple[T, T, T]:
+        """Queries, keys and values (rows, tokens, heads, dim) out of a fused projection, in the model's precision.
+
+        ``projected`` (rows, tokens, heads * dim) has the query heads, then the key heads, then, unless
+        ``value_is_key``, as many value heads. Every head goes through ``rms``; queries and keys, each given as the
+        norm's vector (dim,) and the number of heads, are then rotated as in ``rotate``. Values are not.
+        """
+        ...
 
     def rotate(self, x: T, cos: T, signed_sin: T, *norms: tuple[str, int]) -> T:
         """Per-head norm weights, then rotary embedding, of x (..., heads, dim) in float32.

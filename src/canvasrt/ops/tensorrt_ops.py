@@ -11,6 +11,7 @@ import numpy as np
 from canvasrt.engine_weights import to_bf16
 from canvasrt.errors import InputError
 from canvasrt.formats import E4M3_MAX, NVFP4_BLOCK, Format
+from canvasrt.ops.composed import Composed
 from canvasrt.ops.protocol import Number, Precision
 from canvasrt.ops.tensorrt_graph import Graph, Tensor
 from canvasrt.ops.tensorrt_weights import EngineWeights, Operand
@@ -20,7 +21,7 @@ LEAST_TOKEN = 1e-30  # largest activation of a token, where that is 0
 _MATRIX, _FLOAT32_BITS = 2, 16
 
 
-class TensorRTOps:
+class TensorRTOps(Composed[Tensor]):
     """Implements canvasrt.ops.protocol.Ops over tensors of a network; shapes and meaning are documented there."""
 
     def __init__(self, graph: Graph, weights: EngineWeights) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
+from canvasrt.ops.composed import Composed
 from canvasrt.ops.protocol import Number, Precision
 from canvasrt.ops.torch_attention import causal_attention
 from canvasrt.ops.torch_products import ROWS, Products
@@ -16,7 +17,7 @@ Tensor = torch.Tensor
 SMALL_SCORES = 1 << 16  # attention scores up to which two products beat the fused attention kernel
 
 
-class TorchOps:
+class TorchOps(Composed[torch.Tensor]):
     """Implements canvasrt.ops.protocol.Ops over torch tensors; shapes and meaning are documented there.
 
     In float32 on a CPU a row's result has the same bits whatever other rows a call has.
@@ -231,12 +232,16 @@ class TorchOps:
 
     def rotate(self, x: Tensor, cos: Tensor, signed_sin: Tensor, *norms: tuple[str, int]) -> Tensor:
         half = x.shape[-1] // 2
+        x = x * self._head_norms(norms)
+        return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
+
+    def _head_norms(self, norms: tuple[tuple[str, int], ...]) -> Tensor:
+        """(heads, dim): each vector for so many heads."""
         weights = self._head_weights.get(norms)
         if weights is None:
             rows = [self._weights.small(name, torch.float32).expand(heads, -1) for name, heads in norms]
             weights = self._head_weights[norms] = torch.cat(rows)
-        x = x * weights
-        return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
+        return weights
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
         if mask is not None and self._products is not None:

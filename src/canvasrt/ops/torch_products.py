@@ -26,14 +26,13 @@ PACKED_FOR = 64  # rows that the layout is made for; it is the same for 48 and f
 # multiple of this.
 ROWS = 8
 # oneDNN takes 11 to 30 us to start, which matters up to so many multiplications: above them it is always taken. A trial
-# takes as long as ten products, so a shape is tried when it has been used so often.
+# takes as long as eight products, so a shape is tried when it has been used so often.
 TRIED_UP_TO = 10_000_000
 TRIED_FROM = 256  # numbers in a result: of fewer, all may be the same by chance
-PROBES = 4
+PROBES = 4  # of a trial; the best time of each counts
 ALIGNED = 64  # bytes
 TRIED_AT = 32
 SHAPES = 4096  # shapes that are counted
-ROUNDS = 3  # of a trial: the best time of each counts
 
 # torch offers oneDNN's float32 product under a private name only, the one its compiler uses; functional.linear goes to
 # MKL. A test compares the two.
@@ -135,16 +134,16 @@ class Products:
 def _is_better(new: _Multiply, old: _Multiply, x: Tensor, matrix: Tensor) -> bool:
     """Random numbers show another order of the same terms; then the times decide, which change no result."""
     generator = torch.Generator().manual_seed(0)
+    times: tuple[list[float], list[float]] = [], []
     for _ in range(PROBES):
         probe = torch.empty_strided(x.shape, x.stride()).uniform_(-1, 1, generator=generator)
-        if not torch.equal(new(probe, matrix), old(probe, matrix)):
-            return False
-    times: tuple[list[float], list[float]] = [], []
-    for _ in range(ROUNDS):
+        results = []
         for multiply, found in zip((new, old), times, strict=True):
             start = perf_counter()
-            multiply(probe, matrix)
+            results.append(multiply(probe, matrix))
             found.append(perf_counter() - start)
+        if not torch.equal(*results):
+            return False
     return min(times[0]) < min(times[1])
 
 

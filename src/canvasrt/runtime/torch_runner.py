@@ -87,7 +87,7 @@ class TorchRunner:
         self._exact = exact and checkpoint.quantization is not None
         self._moe = moe or self._formulation()
         weights = self.weights_type(checkpoint, self._device, torch_dtype)
-        self._ops = ExactTorchOps(weights) if self._exact else TorchOps(weights)
+        self._ops = self._lowering(weights)
         kv_fp8 = checkpoint.quantization is not None and checkpoint.quantization.kv_cache == "fp8"
         self._cache = TorchCache(
             spec,
@@ -228,6 +228,15 @@ class TorchRunner:
             # Repeating is safe: the call writes the same places again.
             outputs = text_network(self._ops, self._spec, inputs, phase, Moe("sparse"))
         return outputs.prediction
+
+    def _lowering(self, weights: TorchWeights) -> TorchOps:
+        if self._exact:
+            return ExactTorchOps(weights)
+        if self._device.type == "cpu" and self._dtype == torch.float32:
+            from canvasrt.ops.torch_fused import FusedTorchOps  # half a second, which no other runner needs
+
+            return FusedTorchOps(weights)
+        return TorchOps(weights)
 
     def _formulation(self) -> MoeChoice:
         """Small experts: one dense product costs less than sorting tokens by expert.
