@@ -41,6 +41,7 @@ Group = tuple[list[Ints], list[RequestParams]]  # prompts that run together
 PROMPTS = "prompts.jsonl"  # beside a checkpoint: prompts that suit it
 # Groups that one side runs before the other's turn: the first finds the other's weights in the processor's cache.
 TURN = 8
+WARM_UP = 8  # groups in which prompts of new lengths are looked for
 ROWS = {
     "tokens_per_second": "tokens/s",
     "steps_per_canvas": "steps per canvas",
@@ -84,6 +85,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure tokens/s, steps per canvas, tokens per forward, ms per step and time to first canvas.
+
+    Prompts of new lengths are answered once before anything counts, by each side.
 
     With --url, measure a server as its clients see it: also request latency and the time between canvases.
     """
@@ -153,11 +156,12 @@ def _run(runner: Any, reference: Any, groups: Sequence[Group], level: int, advan
     They draw the same noise too, so that the ratio is about speed and not about who drew the luckier canvas.
     """
     ours, theirs, same = Tally(), Tally(), 0
-    measure(runner, _states(groups[0]), Tally())  # the first call of each side allocates
-    if reference is not None:
-        from canvasrt.reference.measure import measure_reference
+    for group in _warm_up(groups):
+        measure(runner, _states(group), Tally())
+        if reference is not None:
+            from canvasrt.reference.measure import measure_reference
 
-        measure_reference(reference, *groups[0], Tally())
+            measure_reference(reference, *group, Tally())
     for start in range(0, len(groups), TURN):
         turn = groups[start : start + TURN]
         answers = [measure(runner, _states(group), ours) for group in turn]
@@ -173,6 +177,17 @@ def _run(runner: Any, reference: Any, groups: Sequence[Group], level: int, advan
         run["same_answers"] = same / ours.requests
         run["ratio"] = run["canvasrt"]["tokens_per_second"] / run["transformers"]["tokens_per_second"]
     return run
+
+
+def _warm_up(groups: Sequence[Group]) -> list[Group]:
+    """What both sides do before it counts: prompts of each length, since they compile and allocate for new shapes."""
+    chosen, lengths = [], set[int]()
+    for group in groups[:WARM_UP]:
+        found = {len(tokens) for tokens in group[0]}
+        if not found <= lengths:
+            chosen.append(group)
+            lengths |= found
+    return chosen
 
 
 def _states(group: Group) -> dict[int, RequestState]:
