@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from solve import CHECKPOINT, as_prompt, count_solved, held_out
 
+from canvasrt.cli.bench import WARM_UP, _warm_up
 from tiny import write
 
 GRIDS = held_out(1)[0]
@@ -153,6 +155,13 @@ def test_bench_against_transformers_reports_both_and_their_ratio() -> None:
             assert run[side]["time_to_first_canvas_ms"] > 0
         # Same prompts and rules: the number of tokens may differ by what sampling decides, not by how they are counted.
         assert run["canvasrt"]["tokens"] == pytest.approx(run["transformers"]["tokens"], rel=0.5)
+
+
+def test_bench_warms_up_with_the_first_prompts_of_each_length() -> None:
+    groups = [([np.zeros(length, np.int32) for length in lengths], []) for lengths in ([3], [3], [5, 3], [4], [5])]
+    warm = [[len(tokens) for tokens in prompts] for prompts, _ in _warm_up(groups)]
+    assert warm == [[3], [5, 3], [4]]
+    assert len(_warm_up([([np.zeros(length, np.int32)], []) for length in range(1, 99)])) == WARM_UP
 
 
 def test_bench_works_without_prompts_or_tokenizer(tmp_path: Path) -> None:

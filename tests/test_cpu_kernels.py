@@ -185,7 +185,7 @@ def test_the_sampler(rows: int, size: int, limited: int, spread: float, seed: in
     torch.manual_seed(seed)
     limited = min(limited, rows)
     plain, spec = both()[1], cast(ModelSpec, SimpleNamespace(vocab_size=size, softcap=CAP))
-    raw, temperature = strided(rows, size) * spread, torch.rand(rows, 1) + 0.3
+    raw, temperature = strided(rows, size).mul_(spread), torch.rand(rows, 1) + 0.3
     uniforms = torch.rand(rows, 1)
     top_k = torch.where(torch.rand(limited, 1) < 0.4, float(size), torch.randint(1, size + 1, (limited, 1)).float())
     top_p = torch.where(torch.rand(limited, 1) < 0.4, 2.0, torch.rand(limited, 1) * 0.9 + 0.05)
