@@ -102,7 +102,8 @@ def _least_above(shifted: Any, measure: Any, wanted: Any, halvings: int) -> Any:
 _float_pointer, _integer_pointer = _pointer_to(types.float32), _pointer_to(types.int32)
 _as_float = intrinsic(_bits_as_float)
 _floats, _integers = njit(inline="always")(_float_array), njit(inline="always")(_integer_array)
-_exp = njit(inline="always", fastmath={"contract"}, error_model="numpy")(_power)  # "reassoc" would undo its two steps
+# Not inlined by numba, which would give it the options of the kernel: "reassoc" would undo the two steps to r.
+_exp = njit(fastmath={"contract"}, error_model="numpy")(_power)
 _above = njit(**_OPTIONS)(_least_above)
 _scale = njit(inline="always", **_OPTIONS)(_inverse_rms)
 
