@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from solve import CHECKPOINT, as_prompt, count_solved, held_out
 from canvasrt.cli.bench import WARM_UP, _warm_up
 from tiny import write
 
+ROOT = Path(__file__).parents[1]
 GRIDS = held_out(1)[0]
 PUZZLE = as_prompt(GRIDS)
 TWO = held_out(1, 2)[0]
@@ -155,6 +157,19 @@ def test_bench_against_transformers_reports_both_and_their_ratio() -> None:
             assert run[side]["time_to_first_canvas_ms"] > 0
         # Same prompts and rules: the number of tokens may differ by what sampling decides, not by how they are counted.
         assert run["canvasrt"]["tokens"] == pytest.approx(run["transformers"]["tokens"], rel=0.5)
+
+
+def test_who_installs_torch_gets_what_the_cpu_runner_needs_and_who_lacks_it_a_sentence() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [name for name, packages in extras.items() if "torch" in packages and "numba" not in packages] == []
+    program = f"""import sys
+sys.modules["numba"] = None
+sys.argv = ["canvasrt", "generate", {str(CHECKPOINT)!r}, "--prompt", "hi"]
+from canvasrt.cli.main import main
+main()"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: this command needs numba: pip install 'canvasrt[torch]'\n" in done.stderr
 
 
 def test_bench_warms_up_with_the_first_prompts_of_each_length() -> None:

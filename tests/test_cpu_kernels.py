@@ -142,7 +142,7 @@ def test_a_nan_comes_through_and_stays_in_its_row() -> None:
     fused, _ = both(a=32, b=32, c=32, d=8, scale=4)
     x, y, z = (torch.randn(1, 5, 32) for _ in range(3))
     bad = torch.tensor([False, False, True, False, False])
-    for index, spoiled in enumerate((x, y, z)):
+    for index in range(3):
         parts = [part.clone() for part in (x, y, z)]
         parts[index][0, 2, 7] = torch.nan
         a, b, c = parts
@@ -151,14 +151,13 @@ def test_a_nan_comes_through_and_stays_in_its_row() -> None:
             results += fused.add_normed(a, b, "a", EPS)
         for result in results:
             assert torch.equal(result[0].isnan().any(-1), bad), index
-        assert spoiled.isfinite().all()
     x[0, 2, 7] = torch.nan
     assert torch.equal(fused.rms(x, EPS)[0].isnan().any(-1), bad)
     cos, sin = torch.randn(2, 1, 5, 1, 8)
     for result in fused.heads(x, 8, ("d", 2), ("d", 1), False, EPS, cos, sin):
         assert result[0, [0, 1, 3, 4]].isfinite().all()
-    value = fused.heads(x, 8, ("d", 3), ("d", 1), True, EPS, cos, sin)[0]
-    assert value[0, 2, 0].isnan().all()  # the head that has it, which is the first
+    queries, _, _ = fused.heads(x, 8, ("d", 3), ("d", 1), True, EPS, cos, sin)
+    assert queries[0, 2, 0].isnan().all()  # the head that has it, which is the first
     scores = torch.randn(5, 4)
     scores[2] = torch.nan
     assert torch.equal(fused.choose_experts(torch.ones(5, 4), scores, "scale", 4, 2).isnan().any(-1), bad)
@@ -243,7 +242,6 @@ def test_limits_of_a_row_change_no_bit_of_another() -> None:
     part = drawn(raw[2:5], temperature[2:5], uniforms[2:5], (torch.full((1, 1), 4.0), torch.full((1, 1), 0.8)))
     for ours, theirs, some in zip(alone, beside, part, strict=True):
         assert torch.equal(ours[:4], theirs[:4])
-        assert torch.equal(theirs[2:5], torch.cat([theirs[2:4], theirs[4:5]]))
         assert torch.equal(some[:2], ours[2:4])
         assert torch.equal(some[2], theirs[4])
     assert not torch.equal(alone[3][4:], beside[3][4:])

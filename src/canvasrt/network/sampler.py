@@ -7,7 +7,7 @@ argmax, one entropy and one soft embedding per row.
 
 Sampling inverts the cumulative distribution at a uniform number from the host, so that it needs no random generator in
 the graph: over a large vocabulary in two levels (blocks of about sqrt(vocabulary), then inside one block), which needs
-no scan over all of it.
+no scan over all of it. A lowering that scans fast has the whole of it in one piece (``Ops.draw``).
 """
 
 import math

@@ -8,8 +8,9 @@ from canvasrt.ops.protocol import Ops, T
 class Composed(Generic[T]):
     """For lowerings to inherit; shapes and meaning are documented in canvasrt.ops.protocol.Ops."""
 
-    def scaled(self: Ops[T], normed: T, scale: str) -> T:
-        return self.cast(self.multiply(normed, self.weight(scale, "float32")), "model")
+    def scaled(self: Ops[T], normed: T, scale: str, factor: float = 1.0) -> T:
+        scaled = self.multiply(normed, self.weight(scale, "float32"))
+        return self.cast(scaled if factor == 1.0 else self.multiply(scaled, factor), "model")
 
     def heads(
         self: Ops[T],

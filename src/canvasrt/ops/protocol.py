@@ -99,8 +99,8 @@ class Ops(Protocol[T]):
         """x (..., 2n) as gate and up halves: gelu_tanh(gate) * up, (..., n)."""
         ...
 
-    def scaled(self, normed: T, scale: str) -> T:
-        """normed (..., n) float32 times the vector ``scale`` (n,), in the model's precision."""
+    def scaled(self, normed: T, scale: str, factor: float = 1.0) -> T:
+        """normed (..., n) float32 times the vector ``scale`` (n,) and ``factor``, in the model's precision."""
         ...
 
     def add_scaled(self, x: T, normed: T, scale: str) -> T:

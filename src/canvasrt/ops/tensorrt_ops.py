@@ -40,7 +40,7 @@ class TensorRTOps(Composed[Tensor]):
         return self.concat([self._multiplied(x, self._weights.operand(name)) for name in names], -1)
 
     def linear_scaled(self, normed: Tensor, scale: str, *names: str, factor: float = 1.0) -> Tensor:
-        return self.linear(self._scaled(normed, scale, factor), *names)
+        return self.linear(self.scaled(normed, scale, factor), *names)
 
     def gated_linear(self, normed: Tensor, scale: str, gate: str, up: str) -> Tensor:
         return self.gated_gelu(self.linear_scaled(normed, scale, gate, up))
@@ -56,7 +56,7 @@ class TensorRTOps(Composed[Tensor]):
 
     def _experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
         experts, both, _ = self._weights.shape(name)
-        product = self._multiplied(self._scaled(normed, scale), self._weights.flat_experts(name))
+        product = self._multiplied(self.scaled(normed, scale), self._weights.flat_experts(name))
         halves = self.graph.reshape(product, (-1, experts, both))
         return self.graph.reshape(self.gated_gelu(halves), (-1, experts * both // 2))
 
@@ -123,7 +123,7 @@ class TensorRTOps(Composed[Tensor]):
         return self.multiply(self.graph.activation("GELU_TANH", gate), up)
 
     def add_scaled(self, x: Tensor, normed: Tensor, scale: str) -> Tensor:
-        return self.add(x, self._scaled(normed, scale))  # rounded before the sum, as in the reference
+        return self.add(x, self.scaled(normed, scale))  # rounded before the sum, as in the reference
 
     def rms(self, x: Tensor, eps: float) -> Tensor:
         x = self.cast(x, "float32")
@@ -256,10 +256,6 @@ class TensorRTOps(Composed[Tensor]):
         ones = graph.literal([[[[[True]] * times]]])
         wide = graph.elementwise("AND", column, ones)
         return graph.reshape_to(wide, (mask, 0), 1, -1, (mask, 3))
-
-    def _scaled(self, normed: Tensor, scale: str, factor: float = 1.0) -> Tensor:
-        scaled = self.multiply(normed, self.weight(scale, "float32"))
-        return self.cast(scaled if factor == 1.0 else self.multiply(scaled, factor), "model")
 
     def _multiplied(self, x: Tensor, operand: Operand) -> Tensor:
         """x (..., in) through a matrix, in the model's precision; (experts, C, in) through one matrix per expert."""

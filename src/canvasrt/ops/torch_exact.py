@@ -28,7 +28,7 @@ class ExactTorchOps(TorchOps):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def gated_linear(self, normed: Tensor, scale: str, gate: str, up: str) -> Tensor:
-        return self.gated_gelu(self.linear(self._scaled(normed, scale), gate, up))
+        return self.gated_gelu(self.linear(self.scaled(normed, scale), gate, up))
 
     def _experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
         _, input_scale = self._weights.activations(name)
@@ -37,7 +37,7 @@ class ExactTorchOps(TorchOps):
                 f"the experts of {name} have input scales of their own, and the dense formulation rounds once for all "
                 "of them: use sparse or capacity"
             )
-        met = self._met(self._scaled(normed, scale), name)
+        met = self._met(self.scaled(normed, scale), name)
         return self.gated_gelu(self._product(met, self._weights.planar_experts(name)))
 
     def experts_summed(self, x: Tensor, name: str) -> Tensor:

@@ -43,12 +43,12 @@ class TorchOps(Composed[torch.Tensor]):
     def linear_scaled(self, normed: Tensor, scale: str, *names: str, factor: float = 1.0) -> Tensor:
         if self._folds:
             return self._product(normed, self._weights.scaled(names, scale, factor))
-        return self.linear(self._scaled(normed, scale, factor), *names)
+        return self.linear(self.scaled(normed, scale, factor), *names)
 
     def gated_linear(self, normed: Tensor, scale: str, gate: str, up: str) -> Tensor:
         if self._folds:
             return self._gated(normed, self._weights.scaled((gate, up), scale))
-        return self._gated(self._scaled(normed, scale), self._weights.fused((gate, up)))
+        return self._gated(self.scaled(normed, scale), self._weights.fused((gate, up)))
 
     def linear_transposed(self, x: Tensor, name: str) -> Tensor:
         return self._product(x, self._weights.transposed(name))
@@ -64,7 +64,7 @@ class TorchOps(Composed[torch.Tensor]):
         return both.narrow(-1, 0, size), both.narrow(-1, size, both.shape[-1] - size)
 
     def _experts_gated(self, normed: Tensor, scale: str, name: str) -> Tensor:
-        return self._gated(self._scaled(normed, scale), self._weights.planar_experts(name))
+        return self._gated(self.scaled(normed, scale), self._weights.planar_experts(name))
 
     def experts_summed(self, x: Tensor, name: str) -> Tensor:
         return self._product(x, self._weights.summed_experts(name))
@@ -268,10 +268,6 @@ class TorchOps(Composed[torch.Tensor]):
     def _met(self, x: Tensor, name: str, experts: Tensor | None = None) -> Tensor:
         """x (..., in) as it meets the matrix: here as it is. ``experts`` (...) names the expert that each row meets."""
         return x
-
-    def _scaled(self, normed: Tensor, scale: str, factor: float = 1.0) -> Tensor:
-        scaled = normed * self._weights.small(scale, torch.float32)
-        return (scaled if factor == 1.0 else scaled * factor).to(self._dtype)
 
     def _gated(self, x: Tensor, both: Tensor) -> Tensor:
         """The rows of ``both`` are those of the gate, then those of the up matrix."""
